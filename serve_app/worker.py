@@ -1,0 +1,173 @@
+"""The image worker: one engine, one picture at a time, and always an ear for health checks.
+
+The engine draws in a thread of its own, so that the event loop stays free. Serve frees a replica's
+slot as soon as a client goes away, while the thread still draws; so the worker has a lock of its
+own, which is let go only when the drawing has really stopped. Knows no HTTP and no prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from serve_app.image_codec import ImageEncoding, PictureFacts, encode
+from serve_app.metrics import WorkerMetrics
+from serve_app.settings import Settings
+from serve_app.worker_reply import WorkerReply
+from zimage_engine.errors import GenerationCancelled
+from zimage_engine.types import (
+    DeviceStatus,
+    GenerationRequest,
+    GenerationResult,
+    ModelDescription,
+    StepProgress,
+)
+
+if TYPE_CHECKING:
+    from zimage_engine import Engine
+
+Publish = Callable[[StepProgress], Any]
+
+
+class ImageWorker:
+    """One engine on one device. Requests beyond the one being drawn wait for the lock."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
+        """Serve awaits it, so the replica answers its controller while the model is being loaded."""
+        # One thread for all that touches the device: contexts and OpenMP pools belong to a thread.
+        self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
+        self._turn = asyncio.Lock()
+        loop = asyncio.get_running_loop()
+        self._engine: Engine = await loop.run_in_executor(self._device_thread, _load_engine, settings)
+        self._description = self._engine.description
+        self._metrics = WorkerMetrics(_replica_name(), self._description)
+
+    async def generate(self, request: GenerationRequest, encoding: ImageEncoding) -> WorkerReply:
+        """Draw what is asked and encode it. Cancelling stops the drawing after the current step."""
+        return await self._draw(request, encoding, lambda progress: None)
+
+    async def generate_streaming(
+        self, request: GenerationRequest, encoding: ImageEncoding
+    ) -> AsyncIterator[StepProgress | WorkerReply]:
+        """As `generate`, with a StepProgress after each step before the reply."""
+        steps: asyncio.Queue[StepProgress | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def publish(progress: StepProgress) -> None:
+            loop.call_soon_threadsafe(steps.put_nowait, progress)
+
+        drawing = asyncio.ensure_future(self._draw(request, encoding, publish))
+        drawing.add_done_callback(lambda _: steps.put_nowait(None))
+        try:
+            while (progress := await steps.get()) is not None:
+                yield progress
+            yield await drawing
+        finally:
+            if not drawing.done():
+                drawing.cancel()
+                await _until_done(drawing)
+
+    async def describe(self) -> ModelDescription:
+        """What this worker loaded."""
+        return self._description
+
+    async def device_status(self) -> DeviceStatus:
+        """The device's memory now."""
+        return self._engine.device_status()
+
+    async def metrics_text(self) -> str:
+        """This worker's metrics in Prometheus' text form."""
+        return self._metrics.text(self._engine.device_status())
+
+    async def check_health(self) -> None:
+        """Called by Serve: raises where the device no longer answers, and the worker is replaced."""
+        self._engine.device_status()
+
+    async def _draw(
+        self, request: GenerationRequest, encoding: ImageEncoding, publish: Publish
+    ) -> WorkerReply:
+        stop = threading.Event()
+
+        def on_step(progress: StepProgress) -> None:
+            if stop.is_set():
+                raise GenerationCancelled("the caller went away, or stopped the picture")
+            publish(progress)
+
+        loop = asyncio.get_running_loop()
+        async with self._turn:
+            self._metrics.set_busy(True)
+            drawing = loop.run_in_executor(self._device_thread, self._engine.generate, request, on_step)
+            try:
+                result = await asyncio.shield(drawing)
+            except asyncio.CancelledError:
+                stop.set()
+                await _until_done(drawing)
+                raise
+            finally:
+                self._metrics.set_busy(False)
+        return await loop.run_in_executor(self._encoders, _encoded, result, encoding)
+
+
+async def _until_done(future: asyncio.Future[Any]) -> None:
+    """Wait for the end of `future` whatever it is, also while being cancelled again."""
+    while not future.done():
+        try:
+            await asyncio.wait({future})
+        except asyncio.CancelledError:
+            continue
+    if not future.cancelled():
+        future.exception()
+
+
+def _load_engine(settings: Settings) -> Engine:
+    """Load the model, computing on as many threads as the settings say.
+
+    Ray sets OMP_NUM_THREADS from the CPUs that it reserves, which is one: a picture on a CPU would
+    take as many times longer as there are cores.
+    """
+    threads = settings.cpu_threads or max(1, (os.cpu_count() or 1) // settings.num_replicas)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    from zimage_engine import Engine
+
+    torch.set_num_threads(threads)
+    return Engine.load(settings.model, settings.device)
+
+
+def _replica_name() -> str:
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:
+        return "local"
+
+
+def _encoded(result: GenerationResult, encoding: ImageEncoding) -> WorkerReply:
+    report = result.report
+    pictures = tuple(
+        encode(
+            image,
+            encoding,
+            PictureFacts(
+                prompt=report.prompt,
+                negative_prompt=report.negative_prompt,
+                seed=picture.seed,
+                steps=report.num_inference_steps,
+                guidance_scale=report.guidance_scale,
+                width=report.width,
+                height=report.height,
+                model=report.model,
+                scheduler=report.scheduler,
+            ),
+        )
+        for image, picture in zip(result.images, report.pictures, strict=True)
+    )
+    return WorkerReply(pictures, report)

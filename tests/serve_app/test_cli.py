@@ -1,0 +1,344 @@
+"""The command line as a person meets it: help, wrong input, pictures on the disk, a model from a hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from serve_app import cli
+from serve_app.image_codec import ImageEncoding
+from tests.stand_in_hub import StandInHub
+from zimage_engine.engine import DEMO_MODEL_PATH
+from zimage_engine.errors import InvalidRequest
+
+COMMANDS = ("launch", "generate", "download")
+#: The least work that draws: two steps without guidance.
+QUICK = ("--steps", "2", "--guidance", "1")
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments), env=env)
+
+
+def run_as_program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "serve_app.cli", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def text_of(picture: Path) -> str:
+    with Image.open(picture) as image:
+        return str(image.info["parameters"])
+
+
+def assert_one_sentence(result: Result, exit_code: int) -> None:
+    assert result.exit_code == exit_code, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("zimage-turbo: ")
+
+
+def test_help_and_version_come_up_without_anything_heavy() -> None:
+    checked = """
+import sys
+from serve_app import cli
+for arguments in ("--help", "--version", "launch --help", "generate -h", "download --help"):
+    try:
+        cli.app(arguments.split())
+    except SystemExit as ended:
+        assert ended.code == 0, (arguments, ended.code)
+heavy = {"torch", "ray", "gradio", "diffusers", "transformers", "huggingface_hub", "fastapi", "numpy"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", checked], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "launch" in done.stdout
+    assert re.search(r"^zimage-turbo \d+\.\d+", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself_with_examples_that_can_be_copied(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    examples = [line.strip() for line in result.stdout.split("Examples:")[1].strip().splitlines()]
+    assert len(examples) >= 3
+    assert all(f"zimage-turbo {command}" in example for example in examples)
+    for example in examples:
+        for option in re.findall(r" (--?[a-z]+)", example):
+            assert option in result.stdout.split("Examples:")[0], f"{option} of an example is not explained"
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    result = run()
+    assert all(command in result.output for command in COMMANDS)
+
+
+WRONG_GENERATE = [
+    # (options, what the sentence must say); the model named does not exist, so nothing was loaded
+    (["-o", "picture.gif"], r"must end in \.png, \.jpg, \.jpeg, \.webp; got \.gif"),
+    (["-o", "picture"], r"must end in .*; got none in picture"),
+    (["-o", "nowhere/picture.png"], r"no folder .*nowhere to write picture\.png into"),
+    (["-o", "folder.png"], r"folder\.png is a folder"),
+    (["-o", "p.png", "--size", "big"], r"--size must be width x height.*512x512, got 'big'"),
+    (["-o", "p.png", "--size", "256"], r"--size must be width x height"),
+    (["-o", "p.png", "--size", "-256x256"], r"--size must be width x height"),
+    (["-o", "p.png", "--seed", "-1"], r"--seed must be from 0 to 4294967295 .* got -1"),
+    (
+        ["-o", "p.png", "--seed", "4294967295", "--n", "2"],
+        r"--seed must be from 0 to 4294967294 for 2 picture",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), WRONG_GENERATE)
+def test_what_cannot_be_written_or_read_is_refused_before_a_model_is_loaded(
+    options: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    result = run("generate", "a star", *options, "--model", "/no/such/model")
+    assert_one_sentence(result, cli.EXIT_INVALID_INPUT)
+    assert re.search(sentence, result.stderr), result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "sentence"),
+    [
+        (["--model", "/no/such/model"], cli.EXIT_FAILED, "/no/such/model"),
+        (["--device", "abacus"], cli.EXIT_FAILED, "abacus"),
+        (["--size", "100x256"], cli.EXIT_INVALID_INPUT, r"width .* multiple of 32, got 100.* 96 and 128"),
+        (["--steps", "0"], cli.EXIT_INVALID_INPUT, "num_inference_steps"),
+        (["--guidance", "nan"], cli.EXIT_INVALID_INPUT, "guidance_scale"),
+    ],
+)
+def test_what_the_engine_refuses_is_one_sentence_and_the_old_file_stays(
+    options: list[str], exit_code: int, sentence: str, tmp_path: Path
+) -> None:
+    picture = tmp_path / "star.png"
+    picture.write_bytes(b"an older picture")
+    result = run("generate", "a star", "-o", str(picture), *options)
+    assert_one_sentence(result, exit_code)
+    assert re.search(sentence, result.stderr), result.stderr
+    assert picture.read_bytes() == b"an older picture"
+    assert list(tmp_path.iterdir()) == [picture]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["generate"], ["generate", "a star"], ["download"], ["paint"], ["--loud"]]
+)
+def test_a_command_that_is_not_whole_is_refused_with_its_usage(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == cli.EXIT_INVALID_INPUT
+    assert "Usage:" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_pictures_are_numbered_carry_their_settings_and_can_be_drawn_again(tmp_path: Path) -> None:
+    several = run(
+        "generate", "a red circle", "-o", str(tmp_path / "circle.png"), "--n", "2", "--seed", "41", *QUICK
+    )
+    assert several.exit_code == 0, several.stderr
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["circle-1.png", "circle-2.png"]
+    for number, line in enumerate(several.stdout.splitlines(), 1):
+        assert re.fullmatch(rf"{tmp_path}/circle-{number}\.png  seed {40 + number}  \d+\.\d s", line)
+    assert len(several.stderr.splitlines()) == len(set(several.stderr.splitlines()))  # a warning comes once
+    assert "warning: " in several.stderr  # two steps are too few
+    text = text_of(tmp_path / "circle-2.png")
+    assert text.startswith("a red circle, ")
+    assert "Seed: 42" in text
+    assert "Steps: 2" in text
+
+    alone = run("generate", "a red circle", "-o", str(tmp_path / "again.png"), "--seed", "42", *QUICK)
+    assert alone.exit_code == 0, alone.stderr
+    with Image.open(tmp_path / "circle-2.png") as second, Image.open(tmp_path / "again.png") as again:
+        assert second.tobytes() == again.tobytes()
+        assert second.size == again.size == (256, 256)
+
+
+def test_the_ending_chooses_the_format_and_options_reach_the_engine(tmp_path: Path) -> None:
+    kinds = {"a.PNG": "PNG", "b.jpg": "JPEG", "c.jpeg": "JPEG", "d.webp": "WEBP"}
+    for name, kind in kinds.items():
+        options = ["--size", "64x32", "--negative", "fog", "--no-enhance", "--json", *QUICK]
+        result = run("generate", "白色背景上的红色圆形", "-o", str(tmp_path / name), *options)
+        assert result.exit_code == 0, result.stderr
+        report = json.loads(result.stdout)
+        assert report["files"] == [str(tmp_path / name)]
+        assert (report["prompt"], report["negative_prompt"]) == ("白色背景上的红色圆形", "fog")
+        assert (report["width"], report["height"], report["num_inference_steps"]) == (64, 32, 2)
+        assert report["guidance_scale"] == 1.0
+        assert 0 <= report["pictures"][0]["seed"] < 2**32
+        with Image.open(tmp_path / name) as picture:
+            assert (picture.format, picture.size) == (kind, (64, 32))
+
+
+def test_json_joins_the_reports_of_several_pictures(tmp_path: Path) -> None:
+    result = run(
+        "generate", "a star", "-o", str(tmp_path / "s.webp"), "-n", "3", "--json", "--size", "32x32", *QUICK
+    )
+    report = json.loads(result.stdout)
+    seeds = [picture["seed"] for picture in report["pictures"]]
+    assert seeds == [seeds[0], seeds[0] + 1, seeds[0] + 2]
+    assert report["seconds"] >= sum(picture["seconds"] for picture in report["pictures"]) * 0.99
+    assert [Path(file).name for file in report["files"]] == ["s-1.webp", "s-2.webp", "s-3.webp"]
+
+
+def test_a_picture_that_cannot_be_packed_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder goes away between the check and the writing: nothing is left under either name."""
+    from zimage_engine import Engine
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    generate = Engine.generate
+
+    def and_then_the_folder_fills(self: Engine, *arguments: object, **options: object) -> object:
+        result = generate(self, *arguments, **options)  # type: ignore[arg-type]
+        (folder / "star.png").mkdir()  # os.replace cannot put a file over a folder
+        return result
+
+    monkeypatch.setattr(Engine, "generate", and_then_the_folder_fills)
+    result = run("generate", "a star", "-o", str(folder / "star.png"), "--size", "32x32", *QUICK)
+    assert_one_sentence(result, cli.EXIT_FAILED)
+    assert "could not write" in result.stderr
+    assert [path.name for path in folder.iterdir()] == ["star.png"]
+
+
+def test_a_log_gets_no_control_characters_and_a_terminal_gets_a_bar(tmp_path: Path) -> None:
+    command = ["generate", "a star", "-o", str(tmp_path / "star.png"), "--size", "32x32", *QUICK]
+    logged = run_as_program(*command)
+    assert logged.returncode == 0, logged.stderr
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", logged.stdout + logged.stderr)
+    assert logged.stdout.startswith(str(tmp_path / "star.png"))
+
+    terminal, program_side = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serve_app.cli", *command], stdout=subprocess.PIPE, stderr=program_side
+    )
+    os.close(program_side)
+    shown = b""
+    try:
+        while block := os.read(terminal, 65536):
+            shown += block
+    except OSError:  # the terminal's other side was closed
+        pass
+    finally:
+        os.close(terminal)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert b"Loading the demo model" in shown
+    assert b"Drawing" in shown
+    assert b"2/2" in shown
+
+
+def test_a_downloaded_model_draws_by_its_id_without_a_network(tmp_path: Path) -> None:
+    caches = {"HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "", "HF_HUB_CACHE": str(tmp_path / "hf" / "hub")}
+    with StandInHub() as hub:
+        hub.publish("someone/demo", DEMO_MODEL_PATH)
+        fetched = run_as_program("download", "--model", "someone/demo", **caches, HF_ENDPOINT=hub.endpoint)
+    assert fetched.returncode == 0, fetched.stderr
+    assert fetched.stderr == ""
+    assert re.search(r"someone/demo at [0-9a-f]{7}: \d+ files, [\d.]+ MB, all whole", fetched.stdout)
+    assert "next: zimage-turbo launch --model someone/demo" in fetched.stdout
+
+    picture = tmp_path / "star.png"
+    drawn = run_as_program(
+        *("generate", "a star", "-o", str(picture), "--model", "someone/demo", "--size", "32x32", *QUICK),
+        **caches,
+        HF_HUB_OFFLINE="1",
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert "Model: someone/demo" in text_of(picture)
+
+
+def test_download_into_a_folder_and_what_it_says_when_it_cannot(tmp_path: Path) -> None:
+    with StandInHub() as hub:
+        hub.publish("someone/demo", {"model_index.json": b"{}"}, revision="v1")
+        endpoint = ("--endpoint", hub.endpoint)
+        dest = tmp_path / "demo"
+        options = ("--revision", "v1", "--dest", str(dest), *endpoint)
+        done = run("download", "--model", "someone/demo", *options)
+        assert done.exit_code == 0, done.stderr
+        assert (dest / "model_index.json").read_bytes() == b"{}"
+        assert f"next: zimage-turbo launch --model {dest}" in done.stdout
+
+        assert_one_sentence(run("download", "--model", "someone/other", *options), cli.EXIT_FAILED)
+        assert_one_sentence(run("download", "--model", "not an id", *options), cli.EXIT_INVALID_INPUT)
+        hub.publish("someone/demo", {"model_index.json": b'{"a": 1}'}, revision="v1")
+        hub.faults.corrupt["model_index.json"] = 1
+        broken = run("download", "--model", "someone/demo", *options)
+        assert_one_sentence(broken, cli.EXIT_FAILED)
+        assert "model_index.json: expected git-sha1" in broken.stderr
+
+
+WRONG_LAUNCH = [
+    (["--port", "70000"], r"port.*70000"),
+    (["--host", "0.0.0.0"], r"api_key"),
+    (["--config", "no-such.yaml"], r"--config must name a YAML file"),
+    (["--config", "slip.yaml"], r"no setting prot; did you mean port\?"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), WRONG_LAUNCH)
+def test_launch_refuses_wrong_settings_before_anything_starts(
+    options: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ZIMAGE_CONFIG", "")  # what --config sets is taken back after the test
+    (tmp_path / "slip.yaml").write_text("prot: 8000\n")
+    result = run("launch", *options)
+    assert_one_sentence(result, cli.EXIT_INVALID_INPUT)
+    assert re.search(sentence, result.stderr), result.stderr
+
+
+def test_launch_puts_options_over_the_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve_app.settings import Settings
+
+    started: list[Settings] = []
+    monkeypatch.setattr(import_module("serve_app.app"), "launch", started.append)
+    monkeypatch.setenv("ZIMAGE_CONFIG", "")
+    config = tmp_path / "server.yaml"
+    config.write_text("port: 7951\nnum_replicas: 2\nmax_queued_requests: 5\n")
+    result = run("launch", "--config", str(config), "--port", "7952", "--device", "cpu", "--no-ui")
+    assert result.exit_code == 0, result.stderr
+    (settings,) = started
+    assert (settings.port, settings.num_replicas, settings.max_queued_requests) == (7952, 2, 5)
+    assert (settings.device, settings.ui, settings.host) == ("cpu", False, "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (None, (None, None)),
+        ("auto", (None, None)),
+        ("256x128", (256, 128)),
+        ("256X128", (256, 128)),
+        (" 256 × 128 ", (256, 128)),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text: str | None, size: tuple[int | None, int | None]) -> None:
+    assert cli.parse_size(text) == size
+
+
+def test_every_format_of_an_ending_is_one_that_can_be_written() -> None:
+    for file_format in cli.FORMAT_OF_SUFFIX.values():
+        ImageEncoding(file_format)
+    with pytest.raises(InvalidRequest):
+        ImageEncoding("gif")  # type: ignore[arg-type]

@@ -1,0 +1,129 @@
+"""Settings come from three places, in one order, and nothing is taken in silence."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from serve_app.settings import Settings, SettingsError, is_loopback, load_settings
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for variable in list(os.environ):
+        if variable.startswith("ZIMAGE_"):
+            monkeypatch.delenv(variable)
+
+
+def test_the_caller_goes_before_the_environment_and_that_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("port: 7001\nnum_replicas: 3\nmax_queued_requests: 5\n", encoding="utf-8")
+    monkeypatch.setenv("ZIMAGE_CONFIG", str(file))
+    monkeypatch.setenv("ZIMAGE_NUM_REPLICAS", "4")
+    monkeypatch.setenv("ZIMAGE_PORT", "7002")
+    settings = load_settings(port=7003, host=None)
+    assert (settings.port, settings.num_replicas, settings.max_queued_requests) == (7003, 4, 5)
+    assert settings.host == "127.0.0.1"
+
+
+def test_words_of_a_command_line_become_values() -> None:
+    """`serve run serve_app:build port=7861 ui=false` hands over text, through model_validate."""
+    settings = Settings.model_validate({"port": "7861", "ui": "false", "num_gpus": "0.5", "model": ""})
+    assert (settings.port, settings.ui, settings.num_gpus, settings.model) == (7861, False, 0.5, None)
+
+
+def test_the_environment_is_read_also_when_serve_validates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZIMAGE_MAX_QUEUED_REQUESTS", "7")
+    assert Settings.model_validate({"port": "7861"}).max_queued_requests == 7
+
+
+@pytest.mark.parametrize(
+    ("chosen", "phrase"),
+    [
+        ({"port": 70000}, "setting port"),
+        ({"port": "many"}, "setting port"),
+        ({"num_replicas": 0}, "setting num_replicas"),
+        ({"prot": 7860}, "did you mean port?"),
+        ({"colour": "red"}, "known are"),
+        ({"host": "0.0.0.0"}, "there is no api_key"),
+        ({"host": "192.168.1.10"}, "ZIMAGE_API_KEY"),
+        ({"host": "example.org"}, "there is no api_key"),
+        ({"host": "::"}, "there is no api_key"),
+    ],
+)
+def test_what_cannot_be_used_is_told_in_a_sentence(chosen: dict[str, object], phrase: str) -> None:
+    with pytest.raises(SettingsError, match=r".") as refused:
+        load_settings(**chosen)
+    assert phrase in str(refused.value)
+    assert "pydantic" not in str(refused.value)
+
+
+def test_a_misspelt_variable_is_refused_with_the_near_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZIMAGE_PROT", "7861")
+    with pytest.raises(SettingsError, match=r"ZIMAGE_PROT is no setting; did you mean ZIMAGE_PORT"):
+        load_settings()
+
+
+def test_a_config_file_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZIMAGE_CONFIG", "/nowhere/server.yaml")
+    with pytest.raises(SettingsError, match=r"/nowhere/server\.yaml"):
+        load_settings()
+
+
+def test_unknown_keys_of_the_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("prot: 7001\n", encoding="utf-8")
+    monkeypatch.setenv("ZIMAGE_CONFIG", str(file))
+    with pytest.raises(SettingsError, match="did you mean port"):
+        load_settings()
+
+
+def test_an_open_address_is_fine_with_a_key_and_the_key_is_not_shown() -> None:
+    settings = load_settings(host="0.0.0.0", api_key="swordfish")
+    assert settings.api_key is not None
+    assert "swordfish" not in repr(settings)
+
+
+def test_settings_travel_to_other_processes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings(port=7005, api_key="swordfish")
+    monkeypatch.setenv("ZIMAGE_PORT", "7006")
+    assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "url"),
+    [
+        ("127.0.0.1", 7860, "http://127.0.0.1:7860"),
+        ("0.0.0.0", 80, "http://127.0.0.1:80"),
+        ("::1", 7860, "http://[::1]:7860"),
+        ("localhost", 7860, "http://localhost:7860"),
+    ],
+)
+def test_the_url_is_one_that_opens(host: str, port: int, url: str) -> None:
+    assert load_settings(host=host, port=port, api_key="x").url == url
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("10.0.0.1", False),
+    ],
+)
+def test_loopback_is_known(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_every_setting_is_described() -> None:
+    undescribed = [name for name, field in Settings.model_fields.items() if not field.description]
+    assert undescribed == []

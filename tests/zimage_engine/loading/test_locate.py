@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from zimage_engine.checkpoint.features import read_features
+from zimage_engine.errors import CheckpointNotFound
+from zimage_engine.loading.locate import locate, missing_files
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hugging Face cache of a machine without a network."""
+    cache = tmp_path / "hub"
+    cache.mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return cache
+
+
+def put_into_cache(cache: Path, repo_id: str, model: Path) -> Path:
+    """Lay a model down as `huggingface_hub` does: a snapshot, and a ref that names it."""
+    repo = cache / f"models--{repo_id.replace('/', '--')}"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    snapshot = repo / "snapshots" / COMMIT
+    shutil.copytree(model, snapshot)
+    return snapshot
+
+
+def test_a_folder_is_itself(tiny_model: Path) -> None:
+    assert locate(tiny_model) == tiny_model
+    assert locate(str(tiny_model)) == tiny_model
+
+
+def test_a_folder_in_the_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert locate("~/model") == tmp_path / "model"
+
+
+def test_a_hub_id_is_found_in_the_cache_without_a_network(hub_cache: Path, tiny_model: Path) -> None:
+    snapshot = put_into_cache(hub_cache, "someone/tiny-z-image", tiny_model)
+    assert locate("someone/tiny-z-image") == snapshot
+
+
+def test_a_folder_wins_over_a_hub_id_of_the_same_spelling(
+    hub_cache: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_into_cache(hub_cache, "someone/model", tiny_model)
+    (tmp_path / "someone" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert locate("someone/model") == Path("someone/model")
+
+
+def test_a_hub_id_that_is_nowhere_says_what_to_do(hub_cache: Path) -> None:
+    with pytest.raises(CheckpointNotFound, match=r"'someone/absent' is not whole .* name a folder on disk"):
+        locate("someone/absent")
+
+
+def test_a_snapshot_that_lacks_a_component_is_not_taken_for_the_model(
+    hub_cache: Path, tiny_model: Path
+) -> None:
+    snapshot = put_into_cache(hub_cache, "someone/partial", tiny_model)
+    shutil.rmtree(snapshot / "transformer")
+    with pytest.raises(
+        CheckpointNotFound, match=r"not whole in the Hugging Face cache \(missing: transformer/\)"
+    ):
+        locate("someone/partial")
+
+
+def without_component(folder: Path) -> None:
+    shutil.rmtree(folder / "transformer")
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def with_a_shard_not_yet_there(folder: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("take_away", "missing"),
+    [
+        (without_component, "transformer/"),
+        (without_weights, "the weights of transformer"),
+        (with_a_shard_not_yet_there, "text_encoder/model-00002-of-00002.safetensors"),
+        (lambda folder: (folder / "model_index.json").unlink(), "model_index.json"),
+        (lambda folder: (folder / "tokenizer" / "tokenizer.json").touch(), None),
+    ],
+)
+def test_what_a_folder_lacks_is_named(copy_of_tiny_model, take_away, missing: str | None) -> None:
+    folder = copy_of_tiny_model()
+    take_away(folder)
+    assert missing_files(read_features(folder)) == ((missing,) if missing else ())
+
+
+def test_a_single_file_is_refused_with_what_is_expected(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointNotFound, match="is a single file; expected a model folder"):
+        locate(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/nowhere/at/all", "./a/b", "a/b/c", "a b/c"])
+def test_what_is_neither_folder_nor_id_is_refused(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointNotFound, match="there is no folder at"):
+        locate(name)

@@ -1,0 +1,34 @@
+"""What we know of each kind of model, and which of them a checkpoint is."""
+
+from __future__ import annotations
+
+from zimage_engine.checkpoint.features import CheckpointFeatures
+from zimage_engine.errors import UnknownFamily
+from zimage_engine.families.family import GoodRange, ModelFamily
+from zimage_engine.families.z_image import Z_IMAGE
+
+__all__ = ["FAMILIES", "GoodRange", "ModelFamily", "family_named", "identify"]
+
+FAMILIES: tuple[ModelFamily, ...] = (Z_IMAGE,)
+
+
+def identify(features: CheckpointFeatures) -> ModelFamily:
+    """The one family whose fingerprint fits; UnknownFamily, with each family's reason, if none or several."""
+    failures = {family.name: family.fingerprint.first_failure(features) for family in FAMILIES}
+    fitting = [family for family in FAMILIES if failures[family.name] is None]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(family.name for family in fitting)
+        raise UnknownFamily(f"{features.path} fits several families ({names}); say which with family=")
+    reasons = "".join(f"\n  {name}: {failure}" for name, failure in failures.items())
+    raise UnknownFamily(f"{features.path} is no model of a supported family:{reasons}")
+
+
+def family_named(name: str) -> ModelFamily:
+    """The family called `name`; UnknownFamily, with the names there are, where there is none."""
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    names = ", ".join(family.name for family in FAMILIES)
+    raise UnknownFamily(f"there is no family {name!r}; supported are: {names}")

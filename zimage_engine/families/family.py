@@ -1,0 +1,58 @@
+"""The row that a kind of model is: how it is recognised, its defaults, its limits; knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zimage_engine.checkpoint.match import Condition
+from zimage_engine.types import Notice
+
+
+@dataclass(frozen=True, slots=True)
+class GoodRange:
+    """Where a value draws well, and in words what happens to either side of it."""
+
+    low: float
+    high: float
+    below: str
+    above: str
+
+    def notice(self, parameter: str, value: float) -> Notice | None:
+        """A warning with the code `<parameter>_outside_range`, or None where the value is inside."""
+        if self.low <= value <= self.high:
+            return None
+        side, effect = ("below", self.below) if value < self.low else ("above", self.above)
+        message = f"{parameter} {value:g} is {side} the good range of {self.low:g} to {self.high:g}: {effect}"
+        return Notice(f"{parameter}_outside_range", message)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFamily:
+    """A kind of model that we support.
+
+    `needed_config` are config keys (`component.key`) without which the stock pipeline loads but cannot draw.
+    `denoiser` is the pipeline's component that is called once a step. `default_guidance_scale` is the
+    conventional w; `to_pipeline_guidance` makes of it what the stock pipeline takes. Guidance at or
+    below 1 is off, a choice of its own, and `good_guidance` does not judge it.
+    `max_side_px(denoiser_config, size_multiple)` and `caption_tokens(denoiser_config)` are the largest
+    picture and prompt that the denoiser has positions for. `native_side_px` is used where the VAE does
+    not tell; `dtype` is what the weights are loaded as.
+    """
+
+    name: str
+    title: str
+    fingerprint: Condition
+    pipeline_class: str
+    needed_config: tuple[str, ...]
+    denoiser: str
+    dtype: str
+    default_steps: int
+    default_guidance_scale: float
+    good_steps: GoodRange
+    good_guidance: GoodRange
+    to_pipeline_guidance: Callable[[float], float]
+    native_side_px: int
+    max_side_px: Callable[[Mapping[str, Any], int], int]
+    caption_tokens: Callable[[Mapping[str, Any]], int]

@@ -1,0 +1,64 @@
+"""Z-Image and Z-Image-Turbo: a single-stream transformer on Qwen3 text states and a Flux-like VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from zimage_engine.checkpoint.match import config_class, config_has, config_lacks, pipeline_class
+from zimage_engine.families.family import GoodRange, ModelFamily
+
+#: `max_sequence_length` of diffusers' ZImagePipeline: longer prompts are cut there.
+PIPELINE_TOKENS = 512
+#: The transformer pads captions to a multiple of this (SEQ_MULTI_OF in diffusers).
+CAPTION_MULTIPLE = 32
+#: The maker trained around 1024; attention's work grows with the fourth power of the side.
+MAX_SIDE_PX = 2048
+
+
+def to_pipeline_guidance(guidance_scale: float) -> float:
+    """diffusers computes `pos + g (pos - neg)`, we speak of `neg + w (pos - neg)`: g = w - 1, 0 is off."""
+    return max(0.0, guidance_scale - 1.0)
+
+
+def max_side_px(transformer: Mapping[str, Any], size_multiple: int) -> int:
+    """One token is `size_multiple` pixels wide; the rotary tables hold axes_lens[1:] tokens."""
+    lengths = transformer.get("axes_lens") or ()
+    return min([MAX_SIDE_PX, *(int(length) * size_multiple for length in lengths[1:])])
+
+
+def caption_tokens(transformer: Mapping[str, Any]) -> int:
+    """Caption positions count from 1 and the picture takes the one after the padded caption."""
+    lengths = transformer.get("axes_lens") or (PIPELINE_TOKENS + 2,)
+    room = (int(lengths[0]) - 2) // CAPTION_MULTIPLE * CAPTION_MULTIPLE
+    return min(PIPELINE_TOKENS, room)
+
+
+Z_IMAGE = ModelFamily(
+    name="z-image",
+    title="Z-Image",
+    fingerprint=(
+        pipeline_class("ZImagePipeline")
+        & config_class("transformer", "ZImageTransformer2DModel")
+        & config_has("transformer", "cap_feat_dim")
+        # Set only for the Omni models, which take pictures as well and have a pipeline of their own.
+        & config_lacks("transformer", "siglip_feat_dim")
+        & config_class("scheduler", "FlowMatchEulerDiscreteScheduler")
+    ),
+    pipeline_class="ZImagePipeline",
+    # The class defaults are Stable Diffusion's scaling and no shift at all, and the pipeline adds the shift.
+    needed_config=("vae.scaling_factor", "vae.shift_factor"),
+    denoiser="transformer",
+    # Activations reach 6.6e4, near float16's end (65504): that gives black pictures, bfloat16 holds.
+    dtype="bfloat16",
+    default_steps=8,
+    default_guidance_scale=1.8,
+    good_steps=GoodRange(
+        4, 12, below="only blobs, the detail is not drawn", above="blurred and desaturated, and slower"
+    ),
+    good_guidance=GoodRange(1.5, 2.5, below="grey and weak", above="blown highlights and torn edges"),
+    to_pipeline_guidance=to_pipeline_guidance,
+    native_side_px=1024,
+    max_side_px=max_side_px,
+    caption_tokens=caption_tokens,
+)

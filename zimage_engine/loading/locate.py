@@ -1,0 +1,82 @@
+"""Finds the folder that a path or a hub id stands for; knows nothing of what is in a good model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from zimage_engine.checkpoint.features import CheckpointFeatures, read_features
+from zimage_engine.errors import CheckpointNotFound
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def locate(path_or_repo_id: str | Path) -> Path:
+    """A folder on disk for `path_or_repo_id`.
+
+    A folder that exists wins over a hub id of the same spelling. A hub id is looked up in the Hugging
+    Face cache first and fetched only where something of it is missing. Raises CheckpointNotFound.
+    """
+    path = Path(path_or_repo_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointNotFound(
+            f"'{path}' is a single file; expected a model folder with model_index.json in it, or a hub id"
+        )
+    if isinstance(path_or_repo_id, str) and _HUB_ID.fullmatch(path_or_repo_id):
+        return _cached(path_or_repo_id) or _fetched(path_or_repo_id)
+    raise CheckpointNotFound(f"there is no folder at '{path}', and it is not a hub id such as 'owner/name'")
+
+
+def missing_files(features: CheckpointFeatures) -> tuple[str, ...]:
+    """What the checkpoint's own lists name and its folder lacks: components, their weights, shards."""
+    if not features.model_index:
+        return ("model_index.json",)
+    missing: list[str] = []
+    for component in features.components.values():
+        shards = {shard for index in component.indexes for shard in index.shards}
+        if not component.is_there:
+            missing.append(f"{component.name}/")
+        elif component.is_model and not component.weight_files and not shards:
+            missing.append(f"the weights of {component.name}")
+        else:
+            missing += [f"{component.name}/{shard}" for shard in sorted(shards - set(component.files))]
+    return tuple(missing)
+
+
+def _cached(repo_id: str) -> Path | None:
+    """The newest snapshot in the cache, if all that its lists name is there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo_id, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return None if missing_files(read_features(folder)) else folder
+
+
+def _fetched(repo_id: str) -> Path:
+    """The folder that diffusers fetches for `from_pretrained(repo_id)`."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        folder = Path(DiffusionPipeline.download(repo_id))
+    except OSError as error:  # the hub's own errors and broken connections are all of this kind
+        raise CheckpointNotFound(
+            f"'{repo_id}' is not whole in the Hugging Face cache and could not be fetched: "
+            f"{_first_line(error)}; check the id and the connection, or name a folder on disk"
+        ) from error
+    # Without a connection diffusers hands back what the cache has, whole or not.
+    missing = missing_files(read_features(folder))
+    if missing:
+        raise CheckpointNotFound(
+            f"'{repo_id}' is not whole in the Hugging Face cache (missing: {', '.join(missing)}) and could "
+            "not be fetched; check the connection and fetch it again, or name a folder on disk"
+        )
+    return folder
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -1,0 +1,156 @@
+"""The frozen values that travel through the engine: what was asked, what happened.
+
+What a stage decides for itself lives beside that stage (`sampling.plan.SamplingPlan`,
+`loading.plan.LoadPlan`). This module knows no torch and no diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What the caller asked; None means that the family's default is wanted.
+
+    `width` and `height` are pixels. `guidance_scale` is the conventional w: 1 (or 0) is off.
+    Picture i of `n` is drawn from `seed + i`, so that each can be drawn again on its own.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    n: int = 1
+    enhance: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EnhancedPrompt:
+    """What the enhancer made of a prompt.
+
+    `added` and `added_negative` are the phrases it put in, in order; `because` is one sentence a
+    person can read. With enhancement turned off the prompts are the caller's and nothing is added.
+    """
+
+    prompt: str
+    negative_prompt: str
+    added: tuple[str, ...] = ()
+    added_negative: tuple[str, ...] = ()
+    language: str = "en"
+    because: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something the caller should know about a picture that was drawn all the same.
+
+    `code` is from a small closed set (it becomes a metric label); `message` is a sentence.
+    """
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepProgress:
+    """One denoising step has ended: step `step` of `steps` of picture `picture` of `pictures`, from 1."""
+
+    picture: int
+    pictures: int
+    step: int
+    steps: int
+
+
+#: Called after every step, in the thread that draws; what it raises stops the drawing.
+OnStep = Callable[[StepProgress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PictureReport:
+    """How one picture was made. Seconds are wall-clock; the stages are what the pipeline spent."""
+
+    seed: int
+    seconds: float
+    encode_seconds: float
+    denoise_seconds: float
+    decode_seconds: float
+    warnings: tuple[Notice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationReport:
+    """What happened, whole: every value that was decided, for each picture what it took.
+
+    `guidance_scale` is the conventional w. `prompt` and `negative_prompt` are those that were drawn.
+    `warnings` concern the whole request; those of one picture stand in `pictures`.
+    """
+
+    model: str
+    family: str
+    device: str
+    dtype: str
+    prompt: str
+    negative_prompt: str
+    enhancement: EnhancedPrompt
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    seconds: float
+    pictures: tuple[PictureReport, ...]
+    warnings: tuple[Notice, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values that `json.dumps` takes."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """The pictures (PIL, RGB) in the order asked, and the report of how they were made."""
+
+    images: list[Image] = field(repr=False)
+    report: GenerationReport
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What a loaded model tells about itself to whoever talks to it without torch.
+
+    Sizes are pixels; `max_side` bounds width and height. `tokenizer_json` is the text of a `tokenizers`
+    file ("" where the model has none), so that prompts can be counted elsewhere; `token_limit` is how many
+    of a prompt's own tokens reach the text encoder, the chat template's already taken off.
+    """
+
+    id: str
+    family: str
+    device: str
+    dtype: str
+    native_width: int
+    native_height: int
+    size_multiple: int
+    default_steps: int
+    default_guidance_scale: float
+    token_limit: int
+    tokenizer_json: str = field(repr=False, default="")
+    max_side: int = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatus:
+    """Memory of the device that draws, in bytes; None where the device does not tell (CPU)."""
+
+    device: str
+    name: str
+    total_bytes: int | None
+    used_bytes: int | None
