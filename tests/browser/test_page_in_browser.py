@@ -18,7 +18,7 @@ VISIBLE_LABELS = ("prompt", "enhance", "negative", "size", "seed", "steps", "gui
 
 
 def test_the_bar_moves_and_badge_status_and_facts_tell_the_truth(
-    open_page: OpenPage, page_server: PageServer
+    page_server: PageServer, open_page: OpenPage
 ) -> None:
     page = open_page(page_server.url)
     expect(page.locator("#badge")).to_have_text("Steps: 8 | CFG: 1.8 | bfloat16")
@@ -40,7 +40,7 @@ def test_the_bar_moves_and_badge_status_and_facts_tell_the_truth(
     assert picture_bytes(page) == page_server.service.replies[0].pictures[0]
 
 
-def test_the_download_is_the_workers_file(open_page: OpenPage, page_server: PageServer) -> None:
+def test_the_download_is_the_workers_file(page_server: PageServer, open_page: OpenPage) -> None:
     page = open_page(page_server.url)
     page.locator("#seed").locator("input, textarea").fill("77")
     ask(page, "a red circle")
@@ -51,7 +51,7 @@ def test_the_download_is_the_workers_file(open_page: OpenPage, page_server: Page
     assert Path(download.value.path()).read_bytes() == page_server.service.replies[0].pictures[0]
 
 
-def test_the_used_seed_can_be_used_again(open_page: OpenPage, page_server: PageServer) -> None:
+def test_the_used_seed_can_be_used_again(page_server: PageServer, open_page: OpenPage) -> None:
     page = open_page(page_server.url)
     ask(page, "a red circle")
     wait_for_picture(page)
@@ -64,14 +64,14 @@ def test_the_used_seed_can_be_used_again(open_page: OpenPage, page_server: PageS
     assert [request.seed for request in page_server.service.requests] == [None, seed]
 
 
-def test_an_example_is_one_click_away(open_page: OpenPage, page_server: PageServer) -> None:
+def test_an_example_is_one_click_away(page_server: PageServer, open_page: OpenPage) -> None:
     page = open_page(page_server.url)
     for example in EXAMPLES:
         page.get_by_role("button", name=example, exact=True).click()
         expect(page.locator("#prompt textarea")).to_have_value(example)
 
 
-def test_every_control_reaches_the_service(open_page: OpenPage, page_server: PageServer) -> None:
+def test_every_control_reaches_the_service(page_server: PageServer, open_page: OpenPage) -> None:
     page = open_page(page_server.url)
     page.locator("#enhance input[type=checkbox]").uncheck()
     page.locator("#negative textarea, #negative input").fill("blurry")
@@ -93,7 +93,7 @@ def test_every_control_reaches_the_service(open_page: OpenPage, page_server: Pag
     assert request.seed == 2**32 - 1
 
 
-def test_shift_enter_draws(open_page: OpenPage, page_server: PageServer) -> None:
+def test_shift_enter_draws(page_server: PageServer, open_page: OpenPage) -> None:
     page = open_page(page_server.url)
     page.locator("#prompt textarea").fill("a red circle")
     page.locator("#prompt textarea").press("Shift+Enter")
@@ -101,7 +101,7 @@ def test_shift_enter_draws(open_page: OpenPage, page_server: PageServer) -> None
 
 
 def test_a_refusal_is_readable_and_the_next_picture_can_be_asked(
-    open_page: OpenPage, page_server: PageServer
+    page_server: PageServer, open_page: OpenPage
 ) -> None:
     page = open_page(page_server.url)
     page.locator("#size input").fill("300x256")
@@ -122,7 +122,7 @@ def test_a_refusal_is_readable_and_the_next_picture_can_be_asked(
 
 
 def test_a_second_click_while_drawing_asks_for_nothing_more(
-    open_page: OpenPage, page_server: PageServer
+    page_server: PageServer, open_page: OpenPage
 ) -> None:
     page_server.service.step_seconds = 0.2
     page = open_page(page_server.url)
@@ -135,7 +135,7 @@ def test_a_second_click_while_drawing_asks_for_nothing_more(
 
 
 def test_while_the_model_loads_the_page_says_so_and_then_draws(
-    open_page: OpenPage, page_server: PageServer
+    page_server: PageServer, open_page: OpenPage
 ) -> None:
     page_server.service.loaded = False
     page = open_page(page_server.url)
@@ -149,7 +149,7 @@ def test_while_the_model_loads_the_page_says_so_and_then_draws(
     expect(page.locator("#loading .box")).to_have_count(0)
 
 
-def test_what_people_write_is_shown_and_never_run(open_page: OpenPage, page_server: PageServer) -> None:
+def test_what_people_write_is_shown_and_never_run(page_server: PageServer, open_page: OpenPage) -> None:
     hostile = "<img src=x onerror=alert(1)> ${alert(2)} {{alert(3)}}"
     page = open_page(page_server.url)
     ask(page, hostile)
@@ -161,7 +161,7 @@ def test_what_people_write_is_shown_and_never_run(open_page: OpenPage, page_serv
 @pytest.mark.parametrize(("locale", "language"), [("en-US", "en"), ("zh-CN", "zh"), ("de-DE", "en")])
 @pytest.mark.parametrize(("viewport", "phone"), [(DESKTOP, False), (PHONE, True)], ids=["desktop", "phone"])
 def test_the_page_speaks_the_readers_language_and_fits_the_window(
-    open_page: OpenPage, page_server: PageServer, locale: str, language: str, viewport: dict, phone: bool
+    page_server: PageServer, open_page: OpenPage, locale: str, language: str, viewport: dict, phone: bool
 ) -> None:
     page = open_page(page_server.url, locale=locale, viewport=viewport, phone=phone)
     expect(page.locator("#badge")).to_contain_text("bfloat16")

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from serve_app import cli
+from serve_app import cli, terminal
 from serve_app.image_codec import ImageEncoding
 from tests.stand_in_hub import StandInHub
 from zimage_engine.engine import DEMO_MODEL_PATH
@@ -56,7 +56,7 @@ def assert_one_sentence(result: Result, exit_code: int) -> None:
 def test_help_and_version_come_up_without_anything_heavy() -> None:
     checked = """
 import sys
-from serve_app import cli
+from serve_app import cli, terminal
 for arguments in ("--help", "--version", "launch --help", "generate -h", "download --help"):
     try:
         cli.app(arguments.split())
@@ -286,6 +286,27 @@ def test_download_into_a_folder_and_what_it_says_when_it_cannot(tmp_path: Path) 
         broken = run("download", "--model", "someone/demo", *options)
         assert_one_sentence(broken, cli.EXIT_FAILED)
         assert "model_index.json: expected git-sha1" in broken.stderr
+
+
+def test_a_long_download_says_in_a_log_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
+    with StandInHub() as hub:
+        hub.publish("someone/demo", {"model.safetensors": b"\0" * 3_000_000})
+        hub.faults.pause_seconds = 0.01
+        done = run(
+            *(
+                "download",
+                "--model",
+                "someone/demo",
+                "--endpoint",
+                hub.endpoint,
+                "--dest",
+                str(tmp_path / "m"),
+            )
+        )
+    lines = done.stderr.splitlines()
+    assert len(lines) > 3
+    assert all(re.fullmatch(r"Fetching: [\d.]+ (bytes|kB|MB) of 3\.0 MB", line) for line in lines)
 
 
 WRONG_LAUNCH = [

@@ -103,7 +103,7 @@ def read_vae(folder: Path) -> AutoencoderKL:
 
 
 def export(folder: Path, out: Path) -> None:
-    """Write the averaged weights as a ZImagePipeline folder; the VAE's config tells the latents' shift and scale."""
+    """Write the averaged weights as a ZImagePipeline folder; the VAE's config tells their shift and scale."""
     tokenizer = build_tokenizer()
     stored = torch.load(folder / "latents.pt", weights_only=True, mmap=True)
     vae = read_vae(folder)

@@ -290,6 +290,7 @@ def train_denoiser(
     seed: int = 0,
     resume: Path | None = None,
     peak_rate: float = 2e-3,
+    warm_up_steps: int = 500,
     compiled: bool = True,
 ) -> None:
     """Train for `minutes`, leaving `folder/student.pt` (weights and their average) every two minutes.
@@ -306,7 +307,7 @@ def train_denoiser(
     if resume:
         student.load_state_dict(torch.load(resume, weights_only=True)["average"])
     else:
-        warm_up_text_encoder(text_encoder, token_ids_of, 500, seed)
+        warm_up_text_encoder(text_encoder, token_ids_of, warm_up_steps, seed)
     masters = {
         name: parameter.detach().clone().requires_grad_() for name, parameter in student.named_parameters()
     }
