@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from zimage_engine.checkpoint.features import CheckpointFeatures, read_features
-from zimage_engine.errors import CheckpointNotFound
+from zimage_engine.errors import CheckpointNotFound, DownloadError
+from zimage_engine.loading.hub import download_model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -47,36 +48,30 @@ def missing_files(features: CheckpointFeatures) -> tuple[str, ...]:
 
 def _cached(repo_id: str) -> Path | None:
     """The newest snapshot in the cache, if all that its lists name is there."""
+    folder = _in_cache(repo_id)
+    return None if folder is None or missing_files(read_features(folder)) else folder
+
+
+def _in_cache(repo_id: str) -> Path | None:
+    """The newest snapshot in the cache, whole or not."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo_id, local_files_only=True))
+        return Path(snapshot_download(repo_id, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    return None if missing_files(read_features(folder)) else folder
 
 
 def _fetched(repo_id: str) -> Path:
-    """The folder that diffusers fetches for `from_pretrained(repo_id)`."""
-    from diffusers import DiffusionPipeline
-
+    """The folder that a checked download leaves in the cache; what is there already is not fetched again."""
     try:
-        folder = Path(DiffusionPipeline.download(repo_id))
-    except OSError as error:  # the hub's own errors and broken connections are all of this kind
+        return download_model(repo_id).path
+    except DownloadError as error:
+        present = _in_cache(repo_id)
+        missing = missing_files(read_features(present)) if present else ()
+        lacks = f" (missing: {', '.join(missing)})" if missing else ""
         raise CheckpointNotFound(
-            f"'{repo_id}' is not whole in the Hugging Face cache and could not be fetched: "
-            f"{_first_line(error)}; check the id and the connection, or name a folder on disk"
+            f"'{repo_id}' is not whole in the Hugging Face cache{lacks} and could not be fetched: "
+            f"{str(error).rstrip('.')}; or name a folder on disk"
         ) from error
-    # Without a connection diffusers hands back what the cache has, whole or not.
-    missing = missing_files(read_features(folder))
-    if missing:
-        raise CheckpointNotFound(
-            f"'{repo_id}' is not whole in the Hugging Face cache (missing: {', '.join(missing)}) and could "
-            "not be fetched; check the connection and fetch it again, or name a folder on disk"
-        )
-    return folder
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -7,6 +7,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from tests.stand_in_hub import StandInHub
 from zimage_engine.checkpoint.features import read_features
 from zimage_engine.errors import CheckpointNotFound
 from zimage_engine.loading.locate import locate, missing_files
@@ -73,6 +74,23 @@ def test_a_snapshot_that_lacks_a_component_is_not_taken_for_the_model(
         CheckpointNotFound, match=r"not whole in the Hugging Face cache \(missing: transformer/\)"
     ):
         locate("someone/partial")
+
+
+def test_a_hub_id_that_is_not_in_the_cache_is_fetched_and_checked(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hub"
+    cache.mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    with StandInHub() as hub:
+        hub.publish("someone/tiny", tiny_model)
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        folder = locate("someone/tiny")
+        assert missing_files(read_features(folder)) == ()
+        asked = len(hub.requests)
+        assert locate("someone/tiny") == folder
+        assert len(hub.requests) == asked
 
 
 def without_component(folder: Path) -> None:
