@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from zimage_engine.demo.captions import caption
-from zimage_engine.demo.detector import Scene, Verdict, detect, judge_scene, place
+from zimage_engine.demo.detector import Scene, Verdict, detect, judge_scene
 from zimage_engine.demo.pictures import ShapesSpec, is_held_out, random_pair, random_single
 
 log = logging.getLogger(__name__)
@@ -252,7 +252,9 @@ def contact_sheet(trials: Sequence[Trial], columns: int = 12) -> Image.Image:
         lines = [*_asked_in_words(trial), *([] if trial.verdict.all_ok else [_seen_in_words(trial.scene)])]
         for line, words in enumerate(lines):
             at = (left + 3, top + _CELL_PX + 2 * _MARGIN_PX + line * 10)
-            pen.text(at, words[:36], fill=(40, 40, 40), font=font)
+            while font.getlength(words) > cell[0] - 6:
+                words = words[:-1]
+            pen.text(at, words, fill=(40, 40, 40), font=font)
     return sheet
 
 
@@ -266,7 +268,9 @@ def _asked_in_words(trial: Trial) -> list[str]:
 
 
 def _seen_in_words(scene: Scene) -> str:
-    things = ", ".join(f"{thing.colour} {thing.shape} {place(thing)}" for thing in scene.things)
+    things = ", ".join(f"{thing.colour} {thing.shape}" for thing in scene.things)
+    if len(scene.things) > 2:
+        things = f"{len(scene.things)} things"
     return f"! {things or 'nothing'} / {scene.background}"
 
 

@@ -80,7 +80,7 @@ def all_at_once(image: Image.Image, rng: random.Random) -> Image.Image:
 @pytest.mark.parametrize(
     ("change", "pictures", "least_share"),
     [
-        (as_drawn, 600, 0.99),
+        (as_drawn, 300, 0.99),
         (bent, 120, 0.97),
         (soft, 120, 0.97),
         (tinted_and_noisy, 120, 0.97),
@@ -103,12 +103,12 @@ def test_what_was_drawn_is_seen(change: Change, pictures: int, least_share: floa
 def test_two_thousand_pictures_of_all_kinds_are_seen() -> None:
     rng = random.Random("many")
     wrong = []
-    for index in range(2400):
+    for index in range(2000):
         spec = random_spec(index, rng)
         picture = draw(spec, rng)
         if not judge(spec, picture).all_ok:
             wrong.append((spec, detect(picture)))
-    assert len(wrong) <= 24, wrong
+    assert len(wrong) <= 20, wrong
 
 
 @pytest.mark.parametrize("background", COLOURS)
