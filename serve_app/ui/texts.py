@@ -95,6 +95,7 @@ MESSAGES: dict[str, Text] = {
 NOTICES_IN_CHINESE: dict[str, str] = {
     "num_inference_steps_outside_range": "步数不在推荐范围内：过少只有色块，过多会发糊、褪色。8 步最好。",
     "guidance_scale_outside_range": "引导强度不在推荐范围内：过低发灰无力，过高会过曝、边缘撕裂。1.8 最好。",
+    "size_outside_range": "这个尺寸与模型擅长的尺寸相差太多：画面可能重复、缺失。请换回原生尺寸。",
     "prompt_truncated": "提示词太长，模型读不完，末尾的部分被略去了。请缩短。",
     "negative_prompt_truncated": "“不要出现”的内容太长，模型读不完，末尾的部分被略去了。请缩短。",
     "picture_black": "这张图全黑了。请换一个种子或降低引导强度再试。",

@@ -36,6 +36,8 @@ class ModelFamily:
     `denoiser` is the pipeline's component that is called once a step. `default_guidance_scale` is the
     conventional w; `to_pipeline_guidance` makes of it what the stock pipeline takes. Guidance at or
     below 1 is off, a choice of its own, and `good_guidance` does not judge it.
+    `good_side_ratio` is how much smaller and larger than the native size, as the root of the area, a
+    picture may be before things repeat or go missing.
     `max_side_px(denoiser_config, size_multiple)` and `caption_tokens(denoiser_config)` are the largest
     picture and prompt that the denoiser has positions for. `native_side_px` is used where the VAE does
     not tell; `dtype` is what the weights are loaded as.
@@ -52,6 +54,7 @@ class ModelFamily:
     default_guidance_scale: float
     good_steps: GoodRange
     good_guidance: GoodRange
+    good_side_ratio: tuple[float, float]
     to_pipeline_guidance: Callable[[float], float]
     native_side_px: int
     max_side_px: Callable[[Mapping[str, Any], int], int]

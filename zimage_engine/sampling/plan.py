@@ -56,16 +56,21 @@ def resolve(request: GenerationRequest, model: ModelDescription) -> SamplingPlan
     steps = _default(request.num_inference_steps, model.default_steps)
     steps = _whole_number("num_inference_steps", steps, 1, MAX_STEPS)
     guidance_scale = max(1.0, _guidance(_default(request.guidance_scale, model.default_guidance_scale)))
+    width_px = _side("width", _default(request.width, model.native_width), model)
+    height_px = _side("height", _default(request.height, model.native_height), model)
     return SamplingPlan(
         prompt=_prompt(request.prompt),
         negative_prompt=_text("negative_prompt", _default(request.negative_prompt, "")),
-        width_px=_side("width", _default(request.width, model.native_width), model),
-        height_px=_side("height", _default(request.height, model.native_height), model),
+        width_px=width_px,
+        height_px=height_px,
         steps=steps,
         guidance_scale=guidance_scale,
         pipeline_guidance=family.to_pipeline_guidance(guidance_scale),
         seeds=_seeds(request.seed, count),
-        warnings=_warnings(family, steps, guidance_scale),
+        warnings=(
+            *_warnings(family, steps, guidance_scale),
+            *_size_warnings(family, width_px, height_px, model),
+        ),
     )
 
 
@@ -78,6 +83,20 @@ def _warnings(family: ModelFamily, steps: int, guidance_scale: float) -> tuple[N
     if guidance_scale > 1.0:  # off is a choice of its own: half the work
         judged.append(family.good_guidance.notice("guidance_scale", guidance_scale))
     return tuple(notice for notice in judged if notice is not None)
+
+
+def _size_warnings(
+    family: ModelFamily, width_px: int, height_px: int, model: ModelDescription
+) -> tuple[Notice, ...]:
+    low, high = family.good_side_ratio
+    ratio = math.sqrt(width_px * height_px / (model.native_width * model.native_height))
+    if low <= ratio <= high:
+        return ()
+    message = (
+        f"size {width_px}x{height_px} is far from the {model.native_width}x{model.native_height} that this "
+        "model draws best: things may be repeated, cut or missing"
+    )
+    return (Notice("size_outside_range", message),)
 
 
 def _prompt(value: object) -> str:

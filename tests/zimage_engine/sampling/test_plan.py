@@ -62,6 +62,8 @@ def test_guidance_off_is_a_choice_without_warning(asked: float) -> None:
         ({"num_inference_steps": 13}, "num_inference_steps_outside_range", "blurred and desaturated"),
         ({"guidance_scale": 1.4}, "guidance_scale_outside_range", "grey and weak"),
         ({"guidance_scale": 2.6}, "guidance_scale_outside_range", "torn edges"),
+        ({"width": 512, "height": 512}, "size_outside_range", "size 512x512 is far from the 256x256"),
+        ({"width": 96, "height": 256}, "size_outside_range", "things may be repeated"),
     ],
 )
 def test_values_outside_the_good_ranges_are_drawn_with_a_warning(changes, code: str, words: str) -> None:
@@ -77,6 +79,8 @@ def test_values_outside_the_good_ranges_are_drawn_with_a_warning(changes, code: 
         {"num_inference_steps": 12},
         {"guidance_scale": 1.5},
         {"guidance_scale": 2.5},
+        {"width": 320, "height": 320},
+        {"width": 288, "height": 192},
     ],
 )
 def test_the_ends_of_the_good_ranges_are_good(changes) -> None:
