@@ -80,10 +80,10 @@ def _challenge(path: str) -> str:
 
 
 def key_in(authorization: str) -> bytes | None:
-    """The key in an Authorization header; None where there is none that can be read."""
-    scheme, _, credentials = authorization.strip().partition(" ")
+    """The key in an Authorization header, whose bytes stand as latin-1; None where none can be read."""
+    scheme, _, credentials = authorization.strip(" ").partition(" ")
     if scheme.lower() == "bearer":
-        return credentials.strip().encode("utf-8", "surrogateescape") or None
+        return credentials.strip(" ").encode("latin-1") or None
     if scheme.lower() == "basic":
         try:
             _, colon, password = base64.b64decode(credentials, validate=True).partition(b":")

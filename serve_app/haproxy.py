@@ -38,7 +38,12 @@ def environment(folder: Path, haproxy: str) -> dict[str, str]:
     statistics_port, metrics_port = free_ports(2)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # What RAY_SERVE_THROUGHPUT_OPTIMIZED sets, without its announcement on the terminal.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+        "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(guarded),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),

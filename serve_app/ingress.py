@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from serve_app.gates import add_gates
+from serve_app.logs import log_to_terminal
 from serve_app.metrics import ServerMetrics
 from serve_app.routes import images, models, status, unknown
 from serve_app.service import ImageService
@@ -55,6 +56,7 @@ class PromptEnhancerIngress:
     """Serve builds the app in each replica: a page cannot be pickled, and handles live only there."""
 
     def __init__(self, worker: DeploymentHandle, settings: Settings) -> None:
+        log_to_terminal()
         self._settings = settings
         self._service = ImageService(worker, ServerMetrics(program_version()), settings)
 

@@ -71,16 +71,15 @@ class LocalCluster:
         """Serve what `build` binds; returns when `/readyz` says so. Raises LaunchFailed."""
         from ray import serve
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        logs = {"log_level": "WARNING", "enable_access_log": False}
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": settings.host, "port": settings.port},
+            logging_config=logs,
         )
         try:
-            serve.run(
-                build(settings),
-                name="default",
-                logging_config={"log_level": "WARNING", "enable_access_log": False},
-            )
+            serve.run(build(settings), name="default", logging_config=logs)
         except RuntimeError as error:
             raise LaunchFailed(why_it_failed(str(error))) from error
         _wait_until_ready(settings)
@@ -89,6 +88,8 @@ class LocalCluster:
         """What must stand in the environment before Ray is imported."""
         ours = {
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray would tell its metrics to every interface without a key; ours are at /metrics.
+            "RAY_enable_metrics_collection": "0",
             # Ray's ports listen on every interface; without a token they take work from anyone.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._write_token()),
@@ -129,7 +130,6 @@ class LocalCluster:
             _node_ip_address="127.0.0.1" if is_loopback(self._settings.host) else None,
             _temp_dir=str(self._folder),
         )
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
     def _end(self) -> None:
         import ray

@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -76,6 +84,8 @@ class _Table:
     """The metrics of some rows on a registry of their own."""
 
     def __init__(self, rows: tuple[MetricRow, ...]) -> None:
+        # A second series for each counter that tells when it began; nobody asks for it here.
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         self._metrics = {row.name: self._make(row) for row in rows}
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
 
 from serve_app.error_mapping import ModelNotReady, WorkerLost, outcome_of, unwrap
 from serve_app.image_codec import ImageEncoding
@@ -187,7 +188,7 @@ class ImageService:
         try:
             response = self._worker.broadcast(method)
             answers = await response.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
-        except TimeoutError:
+        except (TimeoutError, RayServeException):  # Serve's, where no worker runs at the moment
             return []
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from serve_app.image_codec import ImageEncoding, PictureFacts, encode
+from serve_app.logs import log_to_terminal
 from serve_app.metrics import WorkerMetrics
 from serve_app.settings import Settings
 from serve_app.worker_reply import WorkerReply
@@ -38,6 +39,7 @@ class ImageWorker:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
         """Serve awaits it, so the replica answers its controller while the model is being loaded."""
+        log_to_terminal()
         # One thread for all that touches the device: contexts and OpenMP pools belong to a thread.
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")

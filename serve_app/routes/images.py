@@ -47,7 +47,10 @@ async def generate(request: Request) -> JSONResponse:
         raise ModelNotReady((await service.readiness()).reason)
     schema.check_model(wire, description)
     reply = await service.generate(schema.to_engine(wire), encoding)
-    return JSONResponse(schema.to_response(wire, encoding, reply.pictures, reply.report))
+    return JSONResponse(
+        schema.to_response(wire, encoding, reply.pictures, reply.report),
+        headers={"x-engine-seconds": f"{reply.report.seconds:.4f}"},
+    )
 
 
 def _check_headers(request: Request) -> None:

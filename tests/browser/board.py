@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import urljoin
 
 from playwright.sync_api import Page, expect
@@ -46,3 +47,12 @@ def picture_bytes(page: Page) -> bytes:
     response = page.request.get(urljoin(page.url, source))
     assert response.ok
     return response.body()
+
+
+def wait_until(page: Page, condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Let the page go on until the condition, on this side of the wire, holds."""
+    for _ in range(round(seconds / 0.05)):
+        if condition():
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"did not come true within {seconds:g} s")

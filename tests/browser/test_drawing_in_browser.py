@@ -33,7 +33,9 @@ def test_what_is_typed_is_what_is_drawn(
 ) -> None:
     page = open_page(server, locale=locale)
     expect(page.locator("#badge")).to_have_text("Steps: 8 | CFG: 1.8 | bfloat16", timeout=PICTURE_LIMIT_MS)
-    expect(page.locator("#status")).to_have_text(re.compile(r"^(GPU: CUDA OK|MPS|CPU)"))
+    expect(page.locator("#status .status")).to_have_text(
+        re.compile(r"^(GPU: CUDA OK( [|] VRAM: [0-9.]+/[0-9.]+ GB)?|MPS|CPU)$")
+    )
     page.locator("#seed").locator("input, textarea").fill("1")
     watch_bar(page)
     ask(page, prompt)

@@ -130,9 +130,9 @@ OF_THE_TRANSPORT = (
 
 #: Refused because of what the loaded model can draw.
 OF_THE_MODEL = (
-    fields("size off the grid", "size", "multiple of 32", size="250x256"),
-    fields("height off the grid", "size", "multiple of 32", size="256x250"),
-    fields("size enormous", "size", "at most", size="65536x65536"),
+    fields("size off the grid", "size", "multiple of 32", size="100x96"),
+    fields("height off the grid", "size", "multiple of 32", size="96x100"),
+    fields("size enormous", "size", "must be from", size="65536x65536"),
     fields("endless steps", "num_inference_steps", "from 1 to 100", num_inference_steps=100_000),
     fields("guidance enormous", "guidance_scale", "from 0 to 20", guidance_scale=1e6),
     fields("seed enormous", "seed", "seed", seed=2**80),

@@ -1,0 +1,294 @@
+"""The service between the routes and the workers, where workers die, fill up and stay away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+from ray import serve
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from serve_app.error_mapping import ModelNotReady, WorkerLost
+from serve_app.image_codec import ImageEncoding
+from serve_app.ingress import build_asgi_app
+from serve_app.metrics import ServerMetrics
+from serve_app.service import ImageService
+from serve_app.settings import load_settings
+from serve_app.worker_reply import WorkerReply
+from tests.serve_app.conftest import client_of
+from tests.serve_app.test_openai_schema import MODEL
+from zimage_engine.errors import GenerationCancelled, InvalidRequest, InvalidSize
+from zimage_engine.prompts.enhancer import unchanged
+from zimage_engine.types import GenerationReport, GenerationRequest, PictureReport, StepProgress
+
+REQUEST = GenerationRequest(prompt="a red circle")
+PNG = ImageEncoding("png")
+
+
+def reply_to(request: GenerationRequest) -> WorkerReply:
+    assert request.seed is not None and not request.enhance
+    report = GenerationReport(
+        model=MODEL.id,
+        family=MODEL.family,
+        device="cpu",
+        dtype="bfloat16",
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt or "",
+        enhancement=unchanged(request.prompt, request.negative_prompt),
+        width=256,
+        height=256,
+        num_inference_steps=8,
+        guidance_scale=1.8,
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        seconds=1.0,
+        pictures=(PictureReport(request.seed, 1.0, 0.1, 0.8, 0.1),),
+    )
+    return WorkerReply((b"picture",), report)
+
+
+@dataclass
+class ScriptedWorkers:
+    """Stands where the handle does. Each request meets the next of `fates`: None draws, an error is raised.
+
+    `alive` says how many workers answer a broadcast.
+    """
+
+    fates: list[BaseException | None] = field(default_factory=list)
+    alive: int = 1
+    seen: list[GenerationRequest] = field(default_factory=list)
+
+    def options(self, stream: bool) -> ScriptedWorkers:
+        return self
+
+    @property
+    def generate(self) -> Any:
+        return _Remote(self._draw)
+
+    @property
+    def generate_streaming(self) -> Any:
+        return _Remote(self._stream)
+
+    async def _draw(self, request: GenerationRequest, encoding: ImageEncoding) -> WorkerReply:
+        self.seen.append(request)
+        fate = self.fates.pop(0) if self.fates else None
+        if fate is not None:
+            raise fate
+        return reply_to(request)
+
+    async def _stream(
+        self, request: GenerationRequest, encoding: ImageEncoding
+    ) -> AsyncIterator[StepProgress | WorkerReply]:
+        yield StepProgress(1, 1, 1, 2)
+        yield await self._draw(request, encoding)
+
+    def broadcast(self, method: str) -> Any:
+        return _Answers([MODEL if method == "describe" else "# no metrics\n"] * self.alive)
+
+
+@dataclass
+class _Remote:
+    remote: Callable[..., Any]
+
+
+@dataclass
+class _Answers:
+    answers: list[Any]
+
+    async def results_async(self, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        if not self.answers:
+            raise DeploymentUnavailableError(DeploymentID("ImageWorker"))
+        return self.answers
+
+
+def service_over(workers: ScriptedWorkers, **chosen: Any) -> ImageService:
+    handle = cast(serve.handle.DeploymentHandle, workers)
+    return ImageService(handle, ServerMetrics("test"), load_settings(ui=False, **chosen))
+
+
+def died() -> ActorDiedError:
+    return ActorDiedError()
+
+
+async def test_a_request_whose_worker_dies_is_drawn_by_another_with_the_same_seed() -> None:
+    workers = ScriptedWorkers([died(), None])
+    reply = await service_over(workers).generate(REQUEST, PNG)
+    assert reply.pictures == (b"picture",)
+    first, second = workers.seen
+    assert first == second
+    assert reply.report.pictures[0].seed == first.seed
+
+
+async def test_a_stream_whose_worker_dies_starts_over() -> None:
+    workers, steps = ScriptedWorkers([died(), None]), list[StepProgress]()
+    await service_over(workers).generate(REQUEST, PNG, steps.append)
+    assert len(workers.seen) == len(steps) == 2
+
+
+async def test_progress_may_be_awaited() -> None:
+    steps: list[StepProgress] = []
+
+    async def slowly(progress: StepProgress) -> None:
+        await asyncio.sleep(0)
+        steps.append(progress)
+
+    await service_over(ScriptedWorkers()).generate(REQUEST, PNG, slowly)
+    assert steps == [StepProgress(1, 1, 1, 2)]
+
+
+async def test_a_request_is_tried_twice_and_no_more() -> None:
+    workers = ScriptedWorkers([died(), died(), None])
+    with pytest.raises(WorkerLost, match="so did the one that tried again"):
+        await service_over(workers).generate(REQUEST, PNG)
+    assert len(workers.seen) == 2
+
+
+async def test_where_no_worker_comes_back_the_wait_ends() -> None:
+    workers = ScriptedWorkers([died(), None])
+    service = service_over(workers, worker_restart_seconds=0.2)
+    await service.description()
+    workers.alive = 0
+    with pytest.raises(WorkerLost, match=r"no other came up within 0\.2 seconds"):
+        await service.generate(REQUEST, PNG)
+    assert len(workers.seen) == 1
+
+
+async def test_before_a_worker_is_there_a_request_is_refused_and_says_why() -> None:
+    workers = ScriptedWorkers(alive=0)
+    service = service_over(workers)
+    assert await service.description() is None
+    assert (await service.readiness()).reason.startswith("No worker has its model yet")
+    with pytest.raises(ModelNotReady, match="still being loaded"):
+        await service.generate(REQUEST, PNG)
+    workers.alive = 1
+    assert (await service.readiness()).ready
+    await service.generate(REQUEST, PNG)
+
+
+async def test_readiness_ends_when_no_worker_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.service.READY_CACHE_SECONDS", 0)
+    workers = ScriptedWorkers()
+    service = service_over(workers)
+    assert (await service.readiness()).ready
+    workers.alive = 0
+    gone = await service.readiness()
+    assert not gone.ready and "a new one is being started" in gone.reason
+
+
+async def test_what_cannot_be_drawn_is_refused_before_a_worker_is_asked() -> None:
+    workers = ScriptedWorkers()
+    with pytest.raises(InvalidSize, match="multiple of 32"):
+        await service_over(workers).generate(GenerationRequest("a red circle", width=100), PNG)
+    assert workers.seen == []
+
+
+async def test_the_report_tells_the_enhancement_made_here() -> None:
+    workers = ScriptedWorkers()
+    reply = await service_over(workers).generate(REQUEST, PNG)
+    assert reply.report.enhancement.added
+    assert reply.report.prompt == reply.report.enhancement.prompt == workers.seen[0].prompt
+    assert not workers.seen[0].enhance
+
+
+async def test_what_ray_wraps_comes_out_as_it_was_raised() -> None:
+    wrapped = RayTaskError("generate", "Traceback ...", InvalidRequest("n is odd", "n")).as_instanceof_cause()
+    with pytest.raises(InvalidRequest) as raised:
+        await service_over(ScriptedWorkers([wrapped])).generate(REQUEST, PNG)
+    assert (str(raised.value), raised.value.parameter) == ("n is odd", "n")
+
+
+@dataclass(frozen=True)
+class Failure:
+    error: Exception
+    status: int
+    code: str
+    retry_after: bool
+
+
+FAILURES = (
+    Failure(BackPressureError(64, 64), 429, "queue_full", True),
+    Failure(InvalidRequest("seed is odd", "seed"), 400, "invalid_value", False),
+    Failure(GenerationCancelled("stopped"), 503, "cancelled", True),
+    Failure(RuntimeError("secret path /root/model"), 500, "internal_error", False),
+)
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.code)
+async def test_failures_have_their_status_and_are_counted(failure: Failure) -> None:
+    app = build_asgi_app(service_over(ScriptedWorkers([failure.error])), load_settings(ui=False))
+    async with client_of(app) as client:
+        response = await client.post("/v1/images/generations", json={"prompt": "a red circle"})
+        assert (response.status_code, response.json()["error"]["code"]) == (failure.status, failure.code)
+        assert ("retry-after" in response.headers) is failure.retry_after
+        metrics = (await client.get("/metrics")).text
+    assert f'zimage_requests_total{{outcome="{failure.code}"}} 1.0' in metrics
+    assert 'zimage_requests_total{outcome="ok"} 0.0' in metrics
+
+
+async def test_a_fault_of_the_server_is_logged_once_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    app = build_asgi_app(
+        service_over(ScriptedWorkers([RuntimeError("secret /root")])), load_settings(ui=False)
+    )
+    with caplog.at_level(logging.WARNING):
+        async with client_of(app) as client:
+            response = await client.post("/v1/images/generations", json={"prompt": "a red circle"})
+    message = response.json()["error"]["message"]
+    assert "secret" not in response.text and "Traceback" not in response.text
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert record.exc_info is not None and "secret /root" in str(record.exc_info[1])
+    incident = message.rsplit(" ", 1)[1].rstrip(".")
+    assert incident in record.getMessage()
+
+
+async def test_while_no_worker_is_there_clients_are_told_to_come_back() -> None:
+    app = build_asgi_app(service_over(ScriptedWorkers(alive=0)), load_settings(ui=False))
+    async with client_of(app) as client:
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (503, "not ready")
+        assert "still being loaded" in ready.json()["reason"]
+        assert (await client.get("/healthz")).status_code == 200
+        for response in (
+            await client.post("/v1/images/generations", json={"prompt": "a red circle"}),
+            await client.get("/v1/models"),
+        ):
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "model_not_ready")
+            assert int(response.headers["retry-after"]) > 0
+
+
+async def test_a_caller_that_goes_away_is_counted_and_stops_the_worker() -> None:
+    stopped = asyncio.Event()
+
+    class Endless(ScriptedWorkers):
+        async def _draw(self, request: GenerationRequest, encoding: ImageEncoding) -> WorkerReply:
+            raise AssertionError("not reached")
+
+        @property
+        def generate(self) -> Any:
+            return _Remote(lambda *_: _Pending(stopped))
+
+    service = service_over(Endless())
+    drawing = asyncio.ensure_future(service.generate(REQUEST, PNG))
+    await asyncio.sleep(0.05)
+    drawing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await drawing
+    assert stopped.is_set()
+    assert 'zimage_requests_total{outcome="cancelled"} 1.0' in await service.metrics_text()
+
+
+@dataclass
+class _Pending:
+    """A response that never comes and that tells when it is cancelled, as Serve's does."""
+
+    stopped: asyncio.Event
+
+    def __await__(self) -> Any:
+        return asyncio.Event().wait().__await__()
+
+    def cancel(self) -> None:
+        self.stopped.set()
