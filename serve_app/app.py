@@ -8,6 +8,7 @@ imported inside the functions, because what it reads from the environment must b
 
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def build(settings: Settings) -> "Application":
     from serve_app.worker import ImageWorker
 
     settings = _with_absolute_model(settings)
-    num_gpus = gpus_for_a_worker(settings)
+    num_gpus = gpus_for_a_worker(settings, _gpus_in_reach)
     worker = serve.deployment(
         ImageWorker,
         name="ImageWorker",
@@ -83,13 +84,13 @@ def launch(settings: Settings) -> None:
         _say("zimage-turbo has stopped")
 
 
-def gpus_for_a_worker(settings: Settings) -> float:
+def gpus_for_a_worker(settings: Settings, gpus_in_reach: Callable[[], int]) -> float:
     """What Ray reserves for a worker: what the settings say, else 1 where there is a GPU to draw with."""
     if settings.num_gpus is not None:
         return settings.num_gpus
     if settings.device is not None and not settings.device.startswith("cuda"):
         return 0
-    return 1 if _gpus_in_reach() else 0
+    return 1 if gpus_in_reach() else 0
 
 
 def _gpus_in_reach() -> int:

@@ -15,7 +15,7 @@ from ray import serve
 from serve_app.gates import add_gates
 from serve_app.logs import log_to_terminal
 from serve_app.metrics import ServerMetrics
-from serve_app.routes import images, models, status, unknown
+from serve_app.routes import docs, images, models, status, unknown
 from serve_app.service import ImageService
 from serve_app.settings import Settings
 
@@ -37,10 +37,11 @@ def build_asgi_app(service: ImageService, settings: Settings) -> FastAPI:
         title="zimage-turbo",
         version=program_version(),
         description="Text-to-image with OpenAI's images API, on your own hardware.",
+        docs_url=None,
         redoc_url=None,
     )
     app.state.service = service
-    for routes in (images, models, status, unknown):
+    for routes in (docs, images, models, status, unknown):
         app.include_router(routes.router)
     add_gates(app, settings)
     if settings.ui:

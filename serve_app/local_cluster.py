@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 #: What a stopping process is given before it is killed.
 STOP_SECONDS = 5.0
 READY_POLL_SECONDS = 0.2
+OBJECT_STORE_BYTES = 512 * 1024**2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -81,13 +82,17 @@ class LocalCluster:
         try:
             serve.run(build(settings), name="default", logging_config=logs)
         except RuntimeError as error:
-            raise LaunchFailed(why_it_failed(str(error))) from error
+            deployments = serve.status().applications["default"].deployments
+            reports = [deployment.message for deployment in deployments.values()]
+            raise LaunchFailed(why_it_failed("\n".join([str(error), *reports]))) from error
         _wait_until_ready(settings)
 
     def _environment(self) -> dict[str, str]:
         """What must stand in the environment before Ray is imported."""
         ours = {
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray lets its workers yield to everything else on the machine; here somebody waits for them.
+            "RAY_worker_niceness": "0",
             # Ray would tell its metrics to every interface without a key; ours are at /metrics.
             "RAY_enable_metrics_collection": "0",
             # Ray's ports listen on every interface; without a token they take work from anyone.
@@ -129,6 +134,8 @@ class LocalCluster:
             logging_level="WARNING",
             _node_ip_address="127.0.0.1" if is_loopback(self._settings.host) else None,
             _temp_dir=str(self._folder),
+            # Pictures pass through it, nothing else; Ray would take a third of the memory.
+            object_store_memory=OBJECT_STORE_BYTES,
         )
 
     def _end(self) -> None:
@@ -170,7 +177,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def why_it_failed(report: str) -> str:
-    """The sentence of the engine in Serve's report of a failed deployment, or the report itself."""
+    """The last sentence of the engine in Serve's reports of failed deployments, or the reports themselves."""
     for line in reversed(report.splitlines()):
         name, colon, sentence = line.strip().partition(": ")
         if colon and name.startswith("zimage_engine.errors."):

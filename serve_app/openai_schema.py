@@ -58,7 +58,7 @@ class ImageGenerationRequest(BaseModel):
     model: str | None = Field(
         None, description="The id that /v1/models tells, or zimage-turbo or default; null: the loaded model."
     )
-    n: int | None = Field(None, ge=1, le=PICTURES, description="How many pictures; null: 1.")
+    n: int | None = Field(None, ge=1, le=PICTURES, description="How many pictures, 1 to 10; null: 1.")
     size: str | None = Field(
         None, description="WIDTHxHEIGHT in pixels, such as 1024x1024; auto or null: the model's native size."
     )
@@ -70,7 +70,9 @@ class ImageGenerationRequest(BaseModel):
     response_format: str | None = Field(
         None, description="b64_json, which is also the default. url is not offered."
     )
-    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="null: png.")
+    output_format: Literal["png", "jpeg", "webp"] | None = Field(
+        None, description="png, jpeg or webp; null: png."
+    )
     output_compression: int | None = Field(
         None, ge=0, le=100, description="Quality of jpeg and webp, 0 to 100; null: 100. png is lossless."
     )

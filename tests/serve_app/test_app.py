@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import AsyncIterator
 
 import httpx
 import openai
 import pytest
-from fastapi import FastAPI
 from PIL import Image
 
 from serve_app.image_codec import read_parameters
@@ -170,9 +170,13 @@ async def test_what_is_not_there_is_told_with_openais_body(
     assert phrase in response.json()["error"]["message"]
 
 
-async def test_the_docs_list_the_routes_and_the_fields(app: FastAPI, client: httpx.AsyncClient) -> None:
-    assert (await client.get("/docs")).status_code == 200
-    described = app.openapi()
+async def test_the_docs_tell_of_the_routes_and_the_fields_and_ask_no_other_host(
+    client: httpx.AsyncClient,
+) -> None:
+    docs = (await client.get("/docs")).text
+    for told in (f"POST {URL}", "GET /v1/models", "/readyz", "guidance_scale", "Conventional w", "429"):
+        assert told in docs, told
+    assert set(re.findall(r"https?://[^/\s\"']+", docs)) == {"http://server"}
+    assert "<script" not in docs and "<link" not in docs
+    described = (await client.get("/openapi.json")).json()
     assert {"/healthz", "/metrics", "/readyz", URL, "/v1/models"} <= set(described["paths"])
-    body = described["paths"][URL]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert "guidance_scale" in body["properties"]

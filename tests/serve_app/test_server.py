@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 import signal
 import socket
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -169,35 +170,104 @@ def test_haproxy_is_in_front_by_default(launched: RunningServer) -> None:
     assert "haproxy" in {process.name() for process in launched.processes()}
 
 
-# A server of their own: these tests kill its parts, and see it through Serve's own proxy.
-def test_a_killed_worker_costs_no_picture_and_the_end_leaves_nothing(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server that tests may harm: Serve's own proxy, a tiny model, and room for one to wait."""
     from tests.zimage_engine.tiny_models import write_tiny_z_image
 
-    model = write_tiny_z_image(tmp_path / "tiny-z-image")
-    environment = {"ZIMAGE_HAPROXY": "false", "ZIMAGE_CPU_THREADS": "1"}
+    model = write_tiny_z_image(tmp_path_factory.mktemp("models") / "tiny-z-image")
+    environment = {"ZIMAGE_HAPROXY": "false", "ZIMAGE_CPU_THREADS": "1", "ZIMAGE_MAX_QUEUED_REQUESTS": "1"}
     with running_server("--model", str(model), "--no-ui", environment=environment) as running:
-        with httpx.Client(base_url=running.base_url, timeout=300) as client:
-            answers: list[httpx.Response] = []
-            long = {"num_inference_steps": 100, "n": 10, "size": "128x128", "seed": 9}
-            sent = threading.Thread(target=lambda: answers.append(draw(client, **long)))
-            with httpx.Client(base_url=running.base_url, timeout=60) as observer:
-                sent.start()
-                until(lambda: metric(observer, "zimage_worker_busy") == 1)
-                (worker,) = [p for p in running.processes() if "ImageWorker" in "".join(p.cmdline())]
-                worker.kill()
-                sent.join()
-                assert answers[0].status_code == 200, answers[0].text
-                assert [picture["seed"] for picture in answers[0].json()["data"]] == list(range(9, 19))
-                assert metric(observer, "zimage_worker_retries_total") == 1
-        processes = running.processes()
-        assert len(processes) > 3
-        assert running.stop() == 0
-        left = [process for process in processes if _is_alive(process)]
-        assert left == []
-        assert running.output[-1] == "zimage-turbo has stopped\n"
+        yield running
 
 
-def test_ctrl_c_ends_everything_also_while_the_server_starts(tmp_path: Path) -> None:
+#: Seconds of work for the tiny model.
+LONG = {"num_inference_steps": 100, "n": 10, "size": "128x128", "guidance_scale": 2, "seed": 9}
+
+
+def test_serves_own_proxy_passes_hang_ups_on_too(small: RunningServer) -> None:
+    with httpx.Client(base_url=small.base_url, timeout=300) as client:
+        with httpx.Client(base_url=small.base_url, timeout=1) as impatient, pytest.raises(httpx.ReadTimeout):
+            draw(impatient, **LONG)
+        until(lambda: metric(client, 'zimage_requests_total{outcome="cancelled"}') == 1)
+        until(lambda: metric(client, "zimage_worker_busy") == 0)
+
+
+def test_where_too_many_wait_the_others_are_told_to_come_back(small: RunningServer) -> None:
+    with httpx.Client(base_url=small.base_url, timeout=300) as client:
+        with ThreadPoolExecutor(12) as senders:
+            answers = list(senders.map(lambda _: draw(client, **LONG | {"n": 2}), range(12)))
+        statuses = {answer.status_code for answer in answers}
+        assert statuses == {200, 429}
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert int(refused.headers["retry-after"]) > 0
+        assert draw(client).status_code == 200
+
+
+def test_a_killed_worker_costs_no_picture(small: RunningServer) -> None:
+    answers: list[httpx.Response] = []
+    with (
+        httpx.Client(base_url=small.base_url, timeout=300) as client,
+        httpx.Client(base_url=small.base_url, timeout=60) as observer,
+    ):
+        sent = threading.Thread(target=lambda: answers.append(draw(client, **LONG)))
+        sent.start()
+        until(lambda: metric(observer, "zimage_worker_busy") == 1)
+        (worker,) = [process for process in small.processes() if "ImageWorker" in "".join(process.cmdline())]
+        worker.kill()
+        sent.join()
+        assert answers[0].status_code == 200, answers[0].text
+        assert [picture["seed"] for picture in answers[0].json()["data"]] == list(range(9, 19))
+        assert metric(observer, "zimage_worker_retries_total") == 1
+
+
+# The last of those that use `small`.
+def test_the_end_leaves_no_process(small: RunningServer) -> None:
+    processes = small.processes()
+    assert len(processes) > 3
+    assert small.stop() == 0
+    assert [process for process in processes if _is_alive(process)] == []
+    assert small.output[-1] == "zimage-turbo has stopped\n"
+
+
+def test_with_a_key_other_machines_may_come_and_need_it() -> None:
+    environment = {"ZIMAGE_API_KEY": "swordfish"}
+    with running_server("--host", "0.0.0.0", environment=environment) as running:
+        url = running.base_url
+        assert httpx.get(f"{url}/readyz").status_code == 200
+        for path in ("/", "/docs", "/metrics", "/v1/models", "/config"):
+            assert httpx.get(url + path).status_code == 401, path
+        assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer swordfish"}).status_code == 200
+        assert "text/html" in httpx.get(url, auth=("me", "swordfish")).headers["content-type"]
+        assert "login" not in httpx.get(f"{url}/config", auth=("me", "swordfish")).text[:200]
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_launch_with_the_reason() -> None:
+    launched = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "serve_app.cli",
+            "launch",
+            "--model",
+            "nobody/nothing",
+            "--port",
+            str(free_ports(1)[0]),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert launched.returncode != 0
+    assert launched.stderr.startswith("zimage-turbo: 'nobody/nothing' is not"), launched.stderr
+    assert len(launched.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_ends_everything_also_while_the_server_starts() -> None:
     (port,) = free_ports(1)
     process = subprocess.Popen(
         [sys.executable, "-m", "serve_app.cli", "launch", "--port", str(port)],
