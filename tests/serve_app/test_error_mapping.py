@@ -43,7 +43,7 @@ from zimage_engine.errors import (
         (BackPressureError(64, 64), 429, "queue_full", None),
         (GenerationCancelled("stopped"), 503, "cancelled", None),
         (DeviceUnavailable("no such device"), 503, "device_unavailable", None),
-        (CheckpointDamaged("/root/model is damaged"), 500, "engine_error", None),
+        (CheckpointDamaged("/srv/model is damaged"), 500, "engine_error", None),
         (ValueError("bug"), 500, "internal_error", None),
         (RequestRefused("no such model", "model", "model_not_found", 404), 404, "model_not_found", "model"),
     ],

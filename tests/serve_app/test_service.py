@@ -214,7 +214,7 @@ FAILURES = (
     Failure(BackPressureError(64, 64), 429, "queue_full", True),
     Failure(InvalidRequest("seed is odd", "seed"), 400, "invalid_value", False),
     Failure(GenerationCancelled("stopped"), 503, "cancelled", True),
-    Failure(RuntimeError("secret path /root/model"), 500, "internal_error", False),
+    Failure(RuntimeError("secret path /srv/model"), 500, "internal_error", False),
 )
 
 
@@ -232,7 +232,7 @@ async def test_failures_have_their_status_and_are_counted(failure: Failure) -> N
 
 async def test_a_fault_of_the_server_is_logged_once_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
     app = build_asgi_app(
-        service_over(ScriptedWorkers([RuntimeError("secret /root")])), load_settings(ui=False)
+        service_over(ScriptedWorkers([RuntimeError("secret /srv")])), load_settings(ui=False)
     )
     with caplog.at_level(logging.WARNING):
         async with client_of(app) as client:
@@ -240,7 +240,7 @@ async def test_a_fault_of_the_server_is_logged_once_and_not_told(caplog: pytest.
     message = response.json()["error"]["message"]
     assert "secret" not in response.text and "Traceback" not in response.text
     (record,) = [record for record in caplog.records if record.exc_info]
-    assert record.exc_info is not None and "secret /root" in str(record.exc_info[1])
+    assert record.exc_info is not None and "secret /srv" in str(record.exc_info[1])
     incident = message.rsplit(" ", 1)[1].rstrip(".")
     assert incident in record.getMessage()
 

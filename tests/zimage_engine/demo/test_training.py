@@ -32,6 +32,7 @@ from zimage_engine.demo.tokenizer import build_tokenizer
 from zimage_engine.demo.train import export, read_latents, write_latents
 from zimage_engine.demo.train_denoiser import TokenCache, batches, train_denoiser, training_spec
 from zimage_engine.demo.train_vae import VAE_CONFIG, train_vae
+from zimage_engine.prompts.phrases import lexicon
 
 MODEL_FOLDER = Path(captions.__file__).parent / "model"
 MAKERS = (random_single, random_pair, random_scene)
@@ -170,3 +171,16 @@ def test_every_stage_runs_and_leaves_a_folder_that_stock_diffusers_draws_with(tm
         prompt="a red circle", num_inference_steps=2, guidance_scale=0.8, height=256, width=256
     ).images[0]
     assert picture.size == (256, 256)
+
+
+@pytest.mark.parametrize(
+    ("language", "quality", "negative"),
+    [
+        ("en", captions.QUALITY_EN, captions.NEGATIVE_EN),
+        ("zh", captions.QUALITY_ZH, captions.NEGATIVE_ZH),
+    ],
+)
+def test_the_model_was_taught_the_very_words_that_the_enhancer_adds(language, quality, negative):
+    words = lexicon(language)
+    assert tuple(phrase.text for phrase in words.positive) == quality
+    assert tuple(phrase.text for phrase in words.negative) == negative
