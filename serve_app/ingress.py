@@ -47,8 +47,7 @@ def build_asgi_app(service: ImageService, settings: Settings) -> FastAPI:
     if settings.ui:
         from serve_app.ui import mount_page
 
-        # The gate in front has asked for the key already; the page need not ask again.
-        app = mount_page(app, service, settings.model_copy(update={"api_key": None}))
+        app = mount_page(app, service, settings)
     return app
 
 

@@ -57,7 +57,8 @@ Z_IMAGE = ModelFamily(
         4, 12, below="only blobs, the detail is not drawn", above="blurred and desaturated, and slower"
     ),
     good_guidance=GoodRange(1.5, 2.5, below="grey and weak", above="blown highlights and torn edges"),
-    # Seen with the demo model: at twice its side things are repeated or missing, at 1.25 they hold.
+    # Seen with the demo model: at twice its side things are repeated or missing; at 1.25 a little, in scenes.
+    # Not measured with the published model.
     good_side_ratio=(0.7, 1.3),
     to_pipeline_guidance=to_pipeline_guidance,
     native_side_px=1024,
