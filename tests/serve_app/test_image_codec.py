@@ -263,7 +263,7 @@ def test_an_encoding_that_does_not_exist_is_refused_by_name(
     assert (raised.value.parameter, str(raised.value)) == (parameter, message)
 
 
-def test_encoding_a_png_of_the_demo_models_size_costs_a_few_milliseconds() -> None:
+def test_encoding_a_png_of_the_demo_models_size_costs_about_a_millisecond() -> None:
     original, encoding = picture(256, 256), ImageEncoding("png")
     seconds = []
     for _ in range(15):
@@ -271,8 +271,8 @@ def test_encoding_a_png_of_the_demo_models_size_costs_a_few_milliseconds() -> No
         encode(original, encoding, FACTS)
         seconds.append(time.perf_counter() - start)
     # The fastest of many is what the code costs; the rest is what else the machine does. Measured
-    # 5 ms; zlib's default level takes six times as long.
-    assert min(seconds) < 0.015
+    # 0.6 ms; Pillow takes from six times as long.
+    assert min(seconds) < 0.005
 
 
 def test_the_codec_imports_no_torch() -> None:
