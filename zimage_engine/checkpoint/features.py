@@ -58,6 +58,7 @@ class WeightFile:
     size_bytes: int
     tensors: tuple[TensorFacts, ...] = field(repr=False, default=())
     damage: str = ""
+    path: Path = field(repr=False, default=Path())
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,7 @@ def _read_weight_file(path: Path, match: re.Match[str]) -> WeightFile:
         size_bytes=path.stat().st_size,
         tensors=tensors,
         damage=damage,
+        path=path,
     )
 
 
