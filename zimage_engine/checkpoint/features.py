@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from zimage_engine.checkpoint.tensors import WeightFile
+from zimage_engine.checkpoint.weight_files import read_weight_file
 from zimage_engine.errors import CheckpointDamaged
 
 #: A component's settings stand in the first of these that its folder has.
@@ -24,6 +26,9 @@ _WEIGHT_FILE = re.compile(
     r"(?P<shard>-\d{5}-of-\d{5})?"
     r"\.(?P<form>safetensors|bin)"
 )
+#: What weights are called elsewhere: ComfyUI's files, renamed shards, other programs' pickles.
+_OTHER_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"})
+_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}\.")
 _INDEX_FILE = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)\.(?P<form>safetensors|bin)\.index"
     r"(?:\.(?P<variant>[A-Za-z0-9_]+))?\.json"
@@ -31,34 +36,6 @@ _INDEX_FILE = re.compile(
 #: Components of these libraries are models, and have weights, unless their class is of one of these kinds.
 _MODEL_LIBRARIES = frozenset({"diffusers", "transformers"})
 _KINDS_WITHOUT_WEIGHTS = ("Tokenizer", "TokenizerFast", "Scheduler", "Processor", "FeatureExtractor")
-#: The format's own limit: a longer header is taken for damage before it is read into memory.
-_MAX_HEADER_BYTES = 100_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class TensorFacts:
-    """One tensor as a safetensors header names it; `dtype` is the format's word, such as `BF16`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFile:
-    """One file of weights. `tensors` is empty where the form has no readable header (`.bin`).
-
-    `variant` is "" for a plain file. `damage` is a clause saying what is wrong with the file, "" if nothing.
-    """
-
-    name: str
-    variant: str
-    form: str
-    is_shard: bool
-    size_bytes: int
-    tensors: tuple[TensorFacts, ...] = field(repr=False, default=())
-    damage: str = ""
-    path: Path = field(repr=False, default=Path())
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +50,11 @@ class ShardIndex:
 
 @dataclass(frozen=True, slots=True)
 class ComponentFeatures:
-    """One folder of the checkpoint. `class_name` is what model_index.json says, "" where it is silent."""
+    """One folder of the checkpoint. `class_name` is what model_index.json says, "" where it is silent.
+
+    `weight_files` have the names that the stock loaders look for; `other_weight_files` are read only where
+    there are none of those.
+    """
 
     name: str
     library: str
@@ -83,6 +64,7 @@ class ComponentFeatures:
     files: tuple[str, ...]
     weight_files: tuple[WeightFile, ...]
     indexes: tuple[ShardIndex, ...]
+    other_weight_files: tuple[WeightFile, ...] = ()
 
     @property
     def is_model(self) -> bool:
@@ -92,11 +74,15 @@ class ComponentFeatures:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFeatures:
-    """A whole model folder, measured. `model_index` is empty where the file is missing."""
+    """A whole model folder, or a single file, measured. `model_index` is empty where the file is missing.
+
+    `loose_files` are weights that stand in no component's folder: the single file, or those at the root.
+    """
 
     path: Path
     model_index: Mapping[str, Any]
     components: Mapping[str, ComponentFeatures]
+    loose_files: tuple[WeightFile, ...] = ()
 
     def value(self, address: str) -> Any:
         """The value at `model_index.<key>` or `<component>.<key of its config>`; None where there is none."""
@@ -107,30 +93,47 @@ class CheckpointFeatures:
         return component.config.get(key) if component else None
 
 
-def read_features(folder: Path) -> CheckpointFeatures:
-    """Measure `folder`. Raises CheckpointDamaged where a JSON file of it cannot be read as an object."""
+def read_features(path: Path, *, is_our_view: bool = False) -> CheckpointFeatures:
+    """Measure the folder or file at `path`. A repaired view of ours may link to files elsewhere.
+
+    Raises CheckpointDamaged where a JSON file cannot be read as an object, or a name leads out of the folder.
+    """
+    if path.is_file():
+        return CheckpointFeatures(path, {}, {}, (_read_other_file(path),))
+    folder = path
     model_index = _read_json(folder / "model_index.json")
     listed = {
         name: entry
         for name, entry in model_index.items()
         if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
     }
-    found = {
-        child.name
-        for child in folder.iterdir()
-        if child.is_dir() and any((child / config).is_file() for config in CONFIG_FILES)
-    }
+    found = {child.name for child in folder.iterdir() if child.is_dir() and _is_component(child)}
     components = {
-        name: _read_component(folder / name, *listed.get(name, ("", "")))
+        name: _read_component(folder, name, is_our_view, *listed.get(name, ("", "")))
         for name in sorted({*listed, *found})
     }
-    return CheckpointFeatures(folder, model_index, components)
+    loose = tuple(
+        _read_other_file(child)
+        for child in sorted(folder.iterdir())
+        if child.suffix in _OTHER_SUFFIXES and child.is_file()
+    )
+    return CheckpointFeatures(folder, model_index, components, loose)
 
 
-def _read_component(folder: Path, library: str, class_name: str) -> ComponentFeatures:
+def _is_component(folder: Path) -> bool:
+    """Whether a folder that no list names has a configuration, or weights under their stock names."""
+    return any(child.name in CONFIG_FILES or _WEIGHT_FILE.fullmatch(child.name) for child in folder.iterdir())
+
+
+def _read_component(
+    root: Path, name: str, is_our_view: bool, library: str, class_name: str
+) -> ComponentFeatures:
+    folder = _inside(root, root / name)
     files = (
         tuple(sorted(child.name for child in folder.iterdir() if child.is_file())) if folder.is_dir() else ()
     )
+    for each in () if is_our_view else files:
+        _inside(root, folder / each)
     config_file = next((name for name in CONFIG_FILES if name in files), "")
     return ComponentFeatures(
         name=folder.name,
@@ -140,7 +143,7 @@ def _read_component(folder: Path, library: str, class_name: str) -> ComponentFea
         config=_read_json(folder / config_file) if config_file else {},
         files=files,
         weight_files=tuple(
-            _read_weight_file(folder / name, match)
+            _read_stock_file(folder / name, match)
             for name in files
             if (match := _WEIGHT_FILE.fullmatch(name)) is not None
         ),
@@ -149,20 +152,41 @@ def _read_component(folder: Path, library: str, class_name: str) -> ComponentFea
             for name in files
             if (match := _INDEX_FILE.fullmatch(name)) is not None
         ),
+        other_weight_files=tuple(
+            _read_other_file(folder / name)
+            for name in files
+            if Path(name).suffix in _OTHER_SUFFIXES and _WEIGHT_FILE.fullmatch(name) is None
+        ),
     )
 
 
-def _read_weight_file(path: Path, match: re.Match[str]) -> WeightFile:
-    tensors, damage = read_safetensors_header(path) if match["form"] == "safetensors" else ((), "")
-    return WeightFile(
-        name=path.name,
+def _inside(root: Path, path: Path) -> Path:
+    """`path`, if it is in `root` once links are followed; CheckpointDamaged where it leads elsewhere.
+
+    The hub's cache keeps the files themselves beside its snapshots, in `blobs`.
+    """
+    real, real_root = path.resolve(), root.resolve()
+    homes = [real_root]
+    if real_root.parent.name == "snapshots":
+        homes.append(real_root.parent.parent / "blobs")
+    if not any(real.is_relative_to(home) for home in homes):
+        raise CheckpointDamaged(
+            f"{path} is a link that leads out of the model's folder; put the file itself there"
+        )
+    return path
+
+
+def _read_other_file(path: Path) -> WeightFile:
+    return replace(read_weight_file(path), is_shard=_SHARD_NUMBER.search(path.name) is not None)
+
+
+def _read_stock_file(path: Path, match: re.Match[str]) -> WeightFile:
+    file = read_weight_file(path)
+    return replace(
+        file,
         variant=match["variant"] or "",
-        form=match["form"],
+        form=file.form or match["form"],
         is_shard=match["shard"] is not None,
-        size_bytes=path.stat().st_size,
-        tensors=tensors,
-        damage=damage,
-        path=path,
     )
 
 
@@ -171,34 +195,12 @@ def _read_index(path: Path, match: re.Match[str]) -> ShardIndex:
     if not isinstance(weight_map, dict):
         raise CheckpointDamaged(f"{path} has no 'weight_map'; fetch this file again")
     shards = tuple(sorted({str(shard) for shard in weight_map.values()}))
-    return ShardIndex(path.name, match["variant"] or "", match["form"], shards)
-
-
-def read_safetensors_header(path: Path) -> tuple[tuple[TensorFacts, ...], str]:
-    """The tensors that the file at `path` announces, and a clause on what is wrong with it ("" if nothing).
-
-    The format: 8 bytes little-endian header length, the header as JSON, then the bytes that
-    `data_offsets` point into, counted from the header's end; so the file's whole length is known.
-    """
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if size_bytes < 8 or header_bytes > min(size_bytes - 8, _MAX_HEADER_BYTES):
-            return (), "is not a whole safetensors file: its header is cut off"
-        try:
-            header = json.loads(file.read(header_bytes))
-            entries = {name: facts for name, facts in header.items() if name != "__metadata__"}
-            tensors = tuple(
-                TensorFacts(name, str(facts["dtype"]), tuple(int(side) for side in facts["shape"]))
-                for name, facts in entries.items()
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointDamaged(
+                f"{path} names '{shard[:100]}', which is not a file beside it; fetch this file again"
             )
-            data_bytes = max((int(facts["data_offsets"][1]) for facts in entries.values()), default=0)
-        except (ValueError, AttributeError, KeyError, IndexError, TypeError):
-            return (), "is not a safetensors file: its header is not the JSON that it should be"
-    announced_bytes = 8 + header_bytes + data_bytes
-    if size_bytes != announced_bytes:
-        return tensors, f"has {size_bytes} bytes where its header announces {announced_bytes}"
-    return tensors, ""
+    return ShardIndex(path.name, match["variant"] or "", match["form"], shards)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -70,5 +70,17 @@ def config_lacks(component: str, key: str) -> Condition:
     return _one(f"config_lacks({component!r}, {key!r})", f"{component}.{key}", lambda value: value is None)
 
 
+def config_is(component: str, key: str, *values: Any) -> Condition:
+    """The component's config has one of these values under `key`; None among them is nothing at all."""
+    listed = ", ".join(repr(value) for value in (component, key, *values))
+    return _one(f"config_is({listed})", f"{component}.{key}", lambda value: value in values)
+
+
+def config_is_not(component: str, key: str, *values: Any) -> Condition:
+    """The component's config has none of these values under `key`."""
+    listed = ", ".join(repr(value) for value in (component, key, *values))
+    return _one(f"config_is_not({listed})", f"{component}.{key}", lambda value: value not in values)
+
+
 def _one(text: str, address: str, accepts: Callable[[Any], bool]) -> Condition:
     return Condition((Word(text, address, accepts),))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zimage_engine.checkpoint.features import WeightFile
 from zimage_engine.checkpoint.parts import Recipe
+from zimage_engine.checkpoint.tensors import WeightFile
 
 
 @dataclass(frozen=True, slots=True)

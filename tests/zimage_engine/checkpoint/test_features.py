@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from zimage_engine.checkpoint.features import TensorFacts, read_features, read_safetensors_header
+from zimage_engine.checkpoint.features import read_features
+from zimage_engine.checkpoint.safetensors_header import read_safetensors_header
+from zimage_engine.checkpoint.tensors import TensorFacts
 from zimage_engine.errors import CheckpointDamaged
 
 
