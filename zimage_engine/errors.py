@@ -9,6 +9,7 @@
     |   +-- CheckpointDamaged
     +-- DownloadError             the hub could not give what was asked
     |   +-- DownloadIncomplete
+    +-- CacheFull                 no room on the disk for a repaired view
     +-- GenerationCancelled       stopped on request
     +-- DeviceUnavailable
 
@@ -61,6 +62,10 @@ class DownloadError(EngineError):
 
 class DownloadIncomplete(DownloadError):
     """What arrived is not what the hub announced; nothing of it is offered as a model."""
+
+
+class CacheFull(EngineError):
+    """The disk has no room for what had to be written into the cache."""
 
 
 class GenerationCancelled(EngineError):
