@@ -14,7 +14,7 @@ CPU = DeviceStatus("cpu", "A processor", total_bytes=None, used_bytes=None)
 
 REPORT = GenerationReport(
     model="tiny",
-    family="z-image",
+    family="z-image-turbo",
     device="cpu",
     dtype="bfloat16",
     prompt="a",

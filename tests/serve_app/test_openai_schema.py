@@ -24,7 +24,7 @@ from zimage_engine.types import (
 
 MODEL = ModelDescription(
     id="tiny",
-    family="z-image",
+    family="z-image-turbo",
     device="cpu",
     dtype="bfloat16",
     native_width=256,
@@ -156,7 +156,7 @@ def test_the_response_is_one_that_openais_client_reads() -> None:
     notice, late = Notice("few_steps", "few steps"), Notice("flat", "the picture is flat")
     report = GenerationReport(
         model="tiny",
-        family="z-image",
+        family="z-image-turbo",
         device="cpu",
         dtype="bfloat16",
         prompt="a red circle, best quality",

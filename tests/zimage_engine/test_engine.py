@@ -38,7 +38,7 @@ def test_the_model_is_described_from_what_is_in_it(engine: Engine) -> None:
     model = engine.description
     assert (model.id, model.family, model.device, model.dtype) == (
         "tiny-z-image",
-        "z-image",
+        "z-image-turbo",
         "cpu",
         "bfloat16",
     )
@@ -111,7 +111,7 @@ def test_words_guidance_and_steps_change_the_picture(engine: Engine) -> None:
 
 def test_the_report_tells_every_value(engine: Engine) -> None:
     report = engine.generate(replace(ASKED, negative_prompt=" blue ", n=2)).report
-    assert (report.model, report.family, report.device) == ("tiny-z-image", "z-image", "cpu")
+    assert (report.model, report.family, report.device) == ("tiny-z-image", "z-image-turbo", "cpu")
     assert (report.dtype, report.scheduler) == ("bfloat16", "FlowMatchEulerDiscreteScheduler")
     assert (report.prompt, report.negative_prompt) == ("a red circle", "blue")
     assert (report.width, report.height, report.num_inference_steps) == (64, 64, 4)
@@ -290,7 +290,7 @@ def test_a_long_prompt_is_told_by_the_report_alone(engine: Engine, caplog: pytes
 def test_the_demo_model_is_the_default() -> None:
     engine = Engine.load(device="cpu")
     model = engine.description
-    assert (model.id, model.family) == (DEMO_MODEL_ID, "z-image")
+    assert (model.id, model.family) == (DEMO_MODEL_ID, "z-image-turbo")
     assert (model.native_width, model.native_height, model.size_multiple) == (256, 256, 32)
     result = engine.generate(GenerationRequest(prompt="a red circle on a white background", seed=1))
     assert result.images[0].size == (256, 256)

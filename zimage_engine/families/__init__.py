@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from zimage_engine.checkpoint.features import CheckpointFeatures
 from zimage_engine.errors import UnknownFamily
-from zimage_engine.families.family import GoodRange, ModelFamily
-from zimage_engine.families.z_image import Z_IMAGE
+from zimage_engine.families.family import ComponentRow, GoodRange, ModelFamily
+from zimage_engine.families.pixart import PIXART_ALPHA_512, PIXART_ALPHA_1024, PIXART_SIGMA
+from zimage_engine.families.sdxl import SDXL, SDXL_LCM, SDXL_TURBO
+from zimage_engine.families.z_image import Z_IMAGE, Z_IMAGE_TURBO
 
-__all__ = ["FAMILIES", "GoodRange", "ModelFamily", "family_named", "identify"]
+__all__ = ["FAMILIES", "ComponentRow", "GoodRange", "ModelFamily", "family_named", "identify"]
 
-FAMILIES: tuple[ModelFamily, ...] = (Z_IMAGE,)
+FAMILIES: tuple[ModelFamily, ...] = (
+    Z_IMAGE_TURBO,
+    Z_IMAGE,
+    SDXL,
+    SDXL_TURBO,
+    SDXL_LCM,
+    PIXART_ALPHA_512,
+    PIXART_ALPHA_1024,
+    PIXART_SIGMA,
+)
 
 
 def identify(features: CheckpointFeatures) -> ModelFamily:

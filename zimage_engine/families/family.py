@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from zimage_engine.checkpoint.match import Condition
@@ -29,6 +29,19 @@ class GoodRange:
 
 
 @dataclass(frozen=True, slots=True)
+class ComponentRow:
+    """One thing that a pipeline consists of: its library and classes, the usual one first.
+
+    `constants` are config values of the published model that the shapes of its tensors cannot tell.
+    """
+
+    library: str
+    class_names: tuple[str, ...]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFamily:
     """A kind of model that we support.
 
@@ -41,6 +54,10 @@ class ModelFamily:
     `max_side_px(denoiser_config, size_multiple)` and `caption_tokens(denoiser_config)` are the largest
     picture and prompt that the denoiser has positions for. `native_side_px` is used where the VAE does
     not tell; `dtype` is what the weights are loaded as.
+    `components` is what the pipeline consists of, `scheduler_defaults` the published scheduler's config,
+    `published_id` the maker's model on the hub. `has_chat_template`: prompts are framed by the tokenizer's
+    template. Each tokenizer of `text_encoders` reads for the text encoder beside it.
+    `patch_size` is how many of the picture processor's units a side must be a multiple of.
     """
 
     name: str
@@ -59,3 +76,9 @@ class ModelFamily:
     native_side_px: int
     max_side_px: Callable[[Mapping[str, Any], int], int]
     caption_tokens: Callable[[Mapping[str, Any]], int]
+    components: Mapping[str, ComponentRow]
+    scheduler_defaults: Mapping[str, Any]
+    published_id: str
+    has_chat_template: bool = False
+    text_encoders: tuple[tuple[str, str], ...] = (("tokenizer", "text_encoder"),)
+    patch_size: int = 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from zimage_engine.checkpoint.match import config_class, config_has, config_lacks, pipeline_class
-from zimage_engine.families.family import GoodRange, ModelFamily
+from zimage_engine.checkpoint.match import config_class, config_has, config_is, config_lacks, pipeline_class
+from zimage_engine.families.family import ComponentRow, GoodRange, ModelFamily
 
 #: `max_sequence_length` of diffusers' ZImagePipeline: longer prompts are cut there.
 PIPELINE_TOKENS = 512
@@ -34,17 +35,70 @@ def caption_tokens(transformer: Mapping[str, Any]) -> int:
     return min(PIPELINE_TOKENS, room)
 
 
-Z_IMAGE = ModelFamily(
-    name="z-image",
-    title="Z-Image",
-    fingerprint=(
-        pipeline_class("ZImagePipeline")
-        & config_class("transformer", "ZImageTransformer2DModel")
-        & config_has("transformer", "cap_feat_dim")
-        # Set only for the Omni models, which take pictures as well and have a pipeline of their own.
-        & config_lacks("transformer", "siglip_feat_dim")
-        & config_class("scheduler", "FlowMatchEulerDiscreteScheduler")
+_STRUCTURE = (
+    pipeline_class("ZImagePipeline")
+    & config_class("transformer", "ZImageTransformer2DModel")
+    & config_has("transformer", "cap_feat_dim")
+    # Set only for the Omni models, which take pictures as well and have a pipeline of their own.
+    & config_lacks("transformer", "siglip_feat_dim")
+    & config_class("scheduler", "FlowMatchEulerDiscreteScheduler")
+)
+
+_COMPONENTS = {
+    "scheduler": ComponentRow("diffusers", ("FlowMatchEulerDiscreteScheduler",)),
+    "text_encoder": ComponentRow(
+        "transformers",
+        ("Qwen3Model", "Qwen3ForCausalLM"),
+        {
+            "rope_theta": 1_000_000,
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "max_position_embeddings": 40_960,
+            "bos_token_id": 151_643,
+            "eos_token_id": 151_645,
+            "tie_word_embeddings": True,
+        },
     ),
+    "tokenizer": ComponentRow("transformers", ("Qwen2Tokenizer", "Qwen2TokenizerFast")),
+    "transformer": ComponentRow(
+        "diffusers",
+        ("ZImageTransformer2DModel",),
+        # The class's default for axes_lens is [1024, 512, 512]: shorter captions than it was trained for.
+        {
+            "axes_dims": [32, 48, 48],
+            "axes_lens": [1536, 512, 512],
+            "norm_eps": 1e-5,
+            "qk_norm": True,
+            "rope_theta": 256.0,
+            "t_scale": 1000.0,
+        },
+    ),
+    "vae": ComponentRow(
+        "diffusers",
+        ("AutoencoderKL",),
+        {
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+            "act_fn": "silu",
+            "norm_num_groups": 32,
+            "sample_size": 1024,
+            "force_upcast": True,
+        },
+    ),
+}
+
+#: What both published models' schedulers say beside the shift.
+_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": False,
+}
+
+Z_IMAGE_TURBO = ModelFamily(
+    name="z-image-turbo",
+    title="Z-Image-Turbo",
+    fingerprint=_STRUCTURE & config_is("scheduler", "shift", 3.0, None),
     pipeline_class="ZImagePipeline",
     # The class defaults are Stable Diffusion's scaling and no shift at all, and the pipeline adds the shift.
     needed_config=("vae.scaling_factor", "vae.shift_factor"),
@@ -64,4 +118,23 @@ Z_IMAGE = ModelFamily(
     native_side_px=1024,
     max_side_px=max_side_px,
     caption_tokens=caption_tokens,
+    components=_COMPONENTS,
+    # Distilled at shift 3.0: without it every step lands on the wrong noise level.
+    scheduler_defaults={**_SCHEDULER, "shift": 3.0},
+    published_id="Tongyi-MAI/Z-Image-Turbo",
+    has_chat_template=True,
+)
+
+Z_IMAGE = replace(
+    Z_IMAGE_TURBO,
+    name="z-image",
+    title="Z-Image",
+    fingerprint=_STRUCTURE & config_is("scheduler", "shift", 6.0),
+    # The maker's advice is 28 to 50 steps and 3 to 5 in the pipeline's terms, so w is one more.
+    default_steps=50,
+    default_guidance_scale=5.0,
+    good_steps=GoodRange(28, 50, below="soft and unfinished", above="slower and no better"),
+    good_guidance=GoodRange(4.0, 6.0, below="grey, and off the prompt", above="oversaturated and hard"),
+    scheduler_defaults={**_SCHEDULER, "shift": 6.0},
+    published_id="Tongyi-MAI/Z-Image",
 )

@@ -11,9 +11,14 @@ from zimage_engine.types import ModelDescription
 
 def describe(pipeline: Any, family: ModelFamily, model_id: str, device: str) -> ModelDescription:
     """The description of `pipeline` under the name `model_id`; sizes come from the model, not from a name."""
-    size_multiple = int(pipeline.image_processor.config.vae_scale_factor)
+    size_multiple = int(pipeline.image_processor.config.vae_scale_factor) * family.patch_size
     max_side = family.max_side_px(getattr(pipeline, family.denoiser).config, size_multiple)
-    native_side = pipeline.vae.config.get("sample_size") or family.native_side_px
+    latent_side = getattr(pipeline, family.denoiser).config.get("sample_size")
+    native_side = (
+        latent_side * pipeline.vae_scale_factor
+        if isinstance(latent_side, int)
+        else pipeline.vae.config.get("sample_size") or family.native_side_px
+    )
     if native_side % size_multiple or native_side > max_side:
         native_side = min(family.native_side_px, max_side)
     return ModelDescription(
@@ -26,19 +31,22 @@ def describe(pipeline: Any, family: ModelFamily, model_id: str, device: str) -> 
         size_multiple=size_multiple,
         default_steps=family.default_steps,
         default_guidance_scale=family.default_guidance_scale,
-        token_limit=max_tokens(pipeline, family) - _frame_tokens(pipeline.tokenizer),
+        token_limit=max_tokens(pipeline, family)
+        - (_frame_tokens(pipeline.tokenizer) if family.has_chat_template else 0),
         tokenizer_json=_tokenizer_json(pipeline.tokenizer),
         max_side=max_side,
     )
 
 
 def max_tokens(pipeline: Any, family: ModelFamily) -> int:
-    """How many tokens, chat template included, tokenizer, text encoder and denoiser all have room for."""
-    return min(
-        family.caption_tokens(getattr(pipeline, family.denoiser).config),
-        pipeline.tokenizer.model_max_length,
-        pipeline.text_encoder.config.max_position_embeddings,
-    )
+    """How many tokens, a chat template's included, tokenizers, text encoders and denoiser have room for."""
+    rooms = [family.caption_tokens(getattr(pipeline, family.denoiser).config)]
+    for tokenizer, text_encoder in family.text_encoders:
+        rooms.append(int(getattr(pipeline, tokenizer).model_max_length))
+        # T5 has no such bound: its positions are relative.
+        positions = getattr(getattr(pipeline, text_encoder).config, "max_position_embeddings", None)
+        rooms += [] if positions is None else [int(positions)]
+    return min(rooms)
 
 
 def _frame_tokens(tokenizer: Any) -> int:

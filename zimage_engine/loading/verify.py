@@ -16,6 +16,9 @@ from zimage_engine.loading.plan import LoadPlan
 #: Words that any tokenizer of a text-to-image model knows something of, in the two languages we speak.
 PROBE = "a red circle on a white background, 白色背景上的红色圆形"
 
+#: Published files were saved when the class kept its model under this name; transformers reads both ways.
+_OLDER_PREFIXES = {"CLIPTextModel": "text_model."}
+
 
 def verify(pipeline: Any, plan: LoadPlan) -> None:
     """Check that `pipeline` is what the files of `plan` say, and could draw.
@@ -31,24 +34,37 @@ def verify(pipeline: Any, plan: LoadPlan) -> None:
         check_no_meta(name, module)
         check_dtype(name, module, dtype)
         check_finite(name, module)
-    check_tokenizer(pipeline.tokenizer, pipeline.text_encoder)
+    for tokenizer, text_encoder in plan.family.text_encoders:
+        check_tokenizer(
+            getattr(pipeline, tokenizer),
+            getattr(pipeline, text_encoder),
+            has_chat_template=plan.family.has_chat_template,
+            component=tokenizer,
+        )
 
 
 def check_names(component: str, module: torch.nn.Module, in_files: Collection[str]) -> None:
     """The files hold a tensor for each of the model's, and no other.
 
     A transformers base model may be stored under its head's prefix and with its head: `model.norm.weight`
-    and `lm_head.weight` for `norm.weight`. Weights tied to others need not be stored.
+    and `lm_head.weight` for `norm.weight`. Weights tied to others need not be stored, and buffers that the
+    model computes for itself, such as position ids, may be.
     """
     expected, stored = set(module.state_dict()), set(in_files)
+    computed = {name for name, _ in module.named_buffers()} - expected
+    older = _OLDER_PREFIXES.get(type(module).__name__, "")
+    stored = {name.removeprefix(older) for name in stored}
+    expected = {name.removeprefix(older) for name in expected}
+    computed = {name.removeprefix(older) for name in computed}
     prefix = getattr(module, "base_model_prefix", "")
     if prefix:
         tied = getattr(module, "all_tied_weights_keys", None) or ()
-        expected, stored, tied_names = (
-            {name.removeprefix(f"{prefix}.") for name in names} for names in (expected, stored, tied)
+        expected, stored, computed, tied_names = (
+            {name.removeprefix(f"{prefix}.") for name in names}
+            for names in (expected, stored, computed, tied)
         )
         stored = (stored - ({"lm_head.weight"} - expected)) | (tied_names & expected)
-    missing, surplus = sorted(expected - stored), sorted(stored - expected)
+    missing, surplus = sorted(expected - stored), sorted(stored - expected - computed)
     if missing or surplus:
         parts = [
             f"{len(names)} tensors {where} (the first is {names[0]})"
@@ -97,31 +113,38 @@ def check_finite(component: str, module: torch.nn.Module) -> None:
             )
 
 
-def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
-    """The tokenizer frames and reads a prompt, and the text encoder has an embedding for each id."""
-    try:
-        framed = tokenizer.apply_chat_template(
-            [{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True
-        )
-    except ValueError as error:
-        raise CheckpointDamaged(
-            "tokenizer: it has no chat template, which the pipeline frames prompts with; fetch the tokenizer "
-            "folder again (the template is in tokenizer_config.json or chat_template.jinja)"
-        ) from error
-    ids = tokenizer(framed, add_special_tokens=False).input_ids
+def check_tokenizer(
+    tokenizer: Any, text_encoder: Any, has_chat_template: bool = True, component: str = "tokenizer"
+) -> None:
+    """The tokenizer frames (where the family does) and reads a prompt, and all its ids have an embedding."""
+    ids = tokenizer(_framed(tokenizer, component) if has_chat_template else PROBE).input_ids
     words = tokenizer(PROBE, add_special_tokens=False).input_ids
     known = [token for token in words if token not in tokenizer.all_special_ids]
     if not known or len(known) < len(words) / 2:
         raise CheckpointDamaged(
-            f"tokenizer: of {PROBE!r} it makes {len(words)} tokens, {len(known)} of them known, "
+            f"{component}: of {PROBE!r} it makes {len(words)} tokens, {len(known)} of them known, "
             "so it lacks its vocabulary; fetch the tokenizer folder again"
         )
     rows = text_encoder.get_input_embeddings().num_embeddings
     if max(ids) >= rows:
         raise CheckpointDamaged(
-            f"tokenizer: it makes the id {max(ids)}, but the text encoder has {rows} embeddings; "
+            f"{component}: it makes the id {max(ids)}, but the text encoder has {rows} embeddings; "
             "one of the two is of another model"
         )
+
+
+def _framed(tokenizer: Any, component: str) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True
+            )
+        )
+    except ValueError as error:
+        raise CheckpointDamaged(
+            f"{component}: it has no chat template, which the pipeline frames prompts with; fetch the "
+            "tokenizer folder again (the template is in tokenizer_config.json or chat_template.jinja)"
+        ) from error
 
 
 def _tensors(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

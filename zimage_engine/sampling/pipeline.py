@@ -5,13 +5,14 @@ Knows nothing of requests or reports. Call it from one thread at a time: a sched
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zimage_engine.sampling.plan import SamplingPlan
+from zimage_engine.sampling.prompt_encoders import encoder_for
 from zimage_engine.types import Notice
 
 if TYPE_CHECKING:
@@ -23,10 +24,9 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class PromptEmbeddings:
-    """The text encoder's states of both prompts, each `(tokens, features)`; no negative with guidance off."""
+    """Both prompts as arguments of the pipeline that encoded them."""
 
-    positive: tuple[torch.Tensor, ...] = field(repr=False)
-    negative: tuple[torch.Tensor, ...] = field(repr=False)
+    arguments: Mapping[str, Any] = field(repr=False)
     encode_seconds: float
     warnings: tuple[Notice, ...]
 
@@ -50,24 +50,20 @@ def encode_prompts(pipeline: Any, plan: SamplingPlan, max_tokens: int, clock: Cl
     The text encoder reads at most `max_tokens`, chat template included; a warning tells what was cut off.
     """
     started = clock()
-    guided = plan.pipeline_guidance > 0
+    encoder = encoder_for(pipeline)
+    guided = plan.guidance_scale > 1.0
     try:
         with torch.no_grad():
-            positive, negative = pipeline.encode_prompt(
-                # Lists of our own: the pipeline writes its templates into those that it is given.
-                prompt=[plan.prompt],
-                negative_prompt=[plan.negative_prompt],
-                do_classifier_free_guidance=guided,
-                max_sequence_length=max_tokens,
-            )
+            arguments = encoder.encode(pipeline, plan.prompt, plan.negative_prompt, guided, max_tokens)
     except BaseException:
         pipeline.maybe_free_model_hooks()
         raise
     encode_seconds = clock() - started
-    read = {"prompt": plan.prompt} | ({"negative_prompt": plan.negative_prompt} if guided else {})
+    read = {"prompt": plan.prompt}
+    if encoder.uses_negative_prompt(pipeline, guided):
+        read["negative_prompt"] = plan.negative_prompt
     return PromptEmbeddings(
-        positive=tuple(positive),
-        negative=tuple(negative),
+        arguments=arguments,
         encode_seconds=encode_seconds,
         warnings=tuple(
             Notice(
@@ -76,7 +72,7 @@ def encode_prompts(pipeline: Any, plan: SamplingPlan, max_tokens: int, clock: Cl
                 f"the last {count - max_tokens} were left out; shorten it",
             )
             for parameter, text in read.items()
-            if (count := count_tokens(pipeline, text)) > max_tokens
+            if (count := encoder.count_tokens(pipeline, text)) > max_tokens
         ),
     )
 
@@ -96,34 +92,20 @@ def draw(
     """
     last_step_at = started = clock()
 
-    def step_ended(_pipeline: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def step_ended(index: int) -> None:
         nonlocal last_step_at
         last_step_at = clock()
         on_step(index + 1)
-        return tensors
 
     try:
         output = pipeline(
-            prompt_embeds=list(embeddings.positive),
-            negative_prompt_embeds=list(embeddings.negative),
+            **encoder_for(pipeline).call_arguments(embeddings.arguments, step_ended),
             width=plan.width_px,
             height=plan.height_px,
             num_inference_steps=plan.steps,
             guidance_scale=plan.pipeline_guidance,
             generator=torch.Generator("cpu").manual_seed(seed),
-            callback_on_step_end=step_ended,
         )
     finally:
         pipeline.maybe_free_model_hooks()
     return DrawnPicture(output.images[0], last_step_at - started, clock() - last_step_at)
-
-
-def count_tokens(pipeline: Any, prompt: str) -> int:
-    """How many tokens the text encoder would be given for `prompt` if nothing were cut off."""
-    framed = pipeline.tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=True,
-    )
-    return len(pipeline.tokenizer(framed, truncation=False, padding=False, verbose=False).input_ids)

@@ -26,7 +26,7 @@ from zimage_engine.types import (
 
 MODEL = ModelDescription(
     id="disc-painter",
-    family="z-image",
+    family="z-image-turbo",
     device="cuda:0",
     dtype="bfloat16",
     native_width=256,

@@ -10,7 +10,7 @@ from zimage_engine import families
 from zimage_engine.checkpoint.features import read_features
 from zimage_engine.errors import UnknownFamily
 from zimage_engine.families import FAMILIES, GoodRange, family_named, identify
-from zimage_engine.families.z_image import Z_IMAGE
+from zimage_engine.families.z_image import Z_IMAGE_TURBO
 
 
 def test_family_names_are_unique() -> None:
@@ -20,7 +20,7 @@ def test_family_names_are_unique() -> None:
 def test_z_image_is_recognised_whatever_its_folder_is_called(copy_of_tiny_model) -> None:
     folder = copy_of_tiny_model()
     renamed = folder.rename(folder.parent / "sdxl-turbo-final(2)")
-    assert identify(read_features(renamed)) is Z_IMAGE
+    assert identify(read_features(renamed)) is Z_IMAGE_TURBO
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_what_is_not_z_image_is_refused_with_the_reason(
     (folder / file).write_text(json.dumps(config))
     with pytest.raises(UnknownFamily) as raised:
         identify(read_features(folder))
-    assert "z-image: " in str(raised.value)
+    assert "z-image-turbo: " in str(raised.value)
     assert reason in str(raised.value)
 
 
@@ -52,14 +52,16 @@ def test_an_empty_folder_is_of_no_family(tmp_path: Path) -> None:
 
 
 def test_two_families_that_fit_are_both_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "FAMILIES", (Z_IMAGE, replace(Z_IMAGE, name="twin")))
-    with pytest.raises(UnknownFamily, match=r"several families \(z-image, twin\)"):
+    monkeypatch.setattr(families, "FAMILIES", (Z_IMAGE_TURBO, replace(Z_IMAGE_TURBO, name="twin")))
+    with pytest.raises(UnknownFamily, match=r"several families \(z-image-turbo, twin\)"):
         identify(read_features(tiny_model))
 
 
 def test_a_family_is_found_by_name() -> None:
-    assert family_named("z-image") is Z_IMAGE
-    with pytest.raises(UnknownFamily, match="no family 'zimage'; supported are: z-image"):
+    assert family_named("z-image-turbo") is Z_IMAGE_TURBO
+    with pytest.raises(
+        UnknownFamily, match="no family 'zimage'; supported are: z-image-turbo, z-image, sdxl"
+    ):
         family_named("zimage")
 
 
@@ -67,7 +69,7 @@ def test_a_family_is_found_by_name() -> None:
     ("w", "g"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (1.8, 0.8), (2.5, 1.5), (20.0, 19.0)]
 )
 def test_z_image_guidance_is_converted(w: float, g: float) -> None:
-    assert Z_IMAGE.to_pipeline_guidance(w) == pytest.approx(g)
+    assert Z_IMAGE_TURBO.to_pipeline_guidance(w) == pytest.approx(g)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_z_image_guidance_is_converted(w: float, g: float) -> None:
     ],
 )
 def test_z_image_pictures_fit_the_positions_that_the_denoiser_has(config, multiple: int, side: int) -> None:
-    assert Z_IMAGE.max_side_px(config, multiple) == side
+    assert Z_IMAGE_TURBO.max_side_px(config, multiple) == side
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_z_image_pictures_fit_the_positions_that_the_denoiser_has(config, multip
     ],
 )
 def test_z_image_captions_leave_a_position_for_the_picture(config, tokens: int) -> None:
-    assert Z_IMAGE.caption_tokens(config) == tokens
+    assert Z_IMAGE_TURBO.caption_tokens(config) == tokens
 
 
 GOOD = GoodRange(4, 12, below="too few", above="too many")

@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 from zimage_engine.errors import CheckpointDamaged
 from zimage_engine.loading.verify import check_dtype, check_finite, check_names, check_no_meta
@@ -80,3 +88,47 @@ def test_one_value_that_is_not_finite_is_found_anywhere(dtype: torch.dtype, valu
     module.weight.data.view(-1)[place] = value
     with pytest.raises(CheckpointDamaged, match="part: weight holds NaN or infinite values"):
         check_finite("part", module)
+
+
+CLIP = CLIPTextModel(
+    CLIPTextConfig(
+        vocab_size=10,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        bos_token_id=8,
+        eos_token_id=9,
+    )
+)
+CLIP_NAMES = {f"text_model.{name.removeprefix('text_model.')}" for name in CLIP.state_dict()}
+T5 = T5EncoderModel(
+    T5Config(vocab_size=10, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1, decoder_start_token_id=0)
+)
+T5_NAMES = set(T5.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("module", "stored"),
+    [
+        (CLIP, CLIP_NAMES),
+        (CLIP, CLIP_NAMES | {"text_model.embeddings.position_ids"}),
+        (T5, T5_NAMES | {"encoder.embed_tokens.weight"}),
+        (T5, T5_NAMES - {"encoder.embed_tokens.weight"}),
+    ],
+)
+def test_position_ids_and_tied_embeddings_are_no_damage(module: torch.nn.Module, stored: set[str]) -> None:
+    check_names("part", module, stored)
+
+
+@pytest.mark.parametrize(
+    ("module", "stored"),
+    [
+        (CLIP, CLIP_NAMES - {"text_model.final_layer_norm.weight"}),
+        (CLIP, CLIP_NAMES | {"text_model.embeddings.other_ids"}),
+        (T5, T5_NAMES - {"shared.weight", "encoder.embed_tokens.weight"}),
+    ],
+)
+def test_what_those_models_lack_is_still_found(module: torch.nn.Module, stored: set[str]) -> None:
+    with pytest.raises(CheckpointDamaged, match="part: the weight files do not fit the model"):
+        check_names("part", module, stored)

@@ -10,7 +10,7 @@ from zimage_engine.types import EnhancedPrompt, GenerationRequest, ModelDescript
 
 MODEL = ModelDescription(
     id="tiny",
-    family="z-image",
+    family="z-image-turbo",
     device="cpu",
     dtype="bfloat16",
     native_width=256,

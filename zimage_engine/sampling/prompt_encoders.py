@@ -1,0 +1,164 @@
+"""How each stock pipeline takes prompts: what it encodes them to, and how it is called with that.
+
+Knows nothing of plans or timing. Add a row to PROMPT_ENCODERS for another pipeline class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+#: Called with the index, from 0, of each step that has ended.
+StepEnded = Callable[[int], None]
+
+
+class PromptEncoder(Protocol):
+    """What differs from pipeline to pipeline. `guided` is whether guidance is on (w above 1)."""
+
+    def encode(
+        self, pipeline: Any, prompt: str, negative_prompt: str, guided: bool, max_tokens: int
+    ) -> dict[str, Any]:
+        """Both prompts, once for all pictures, as keyword arguments of the pipeline."""
+
+    def call_arguments(self, embeddings: Mapping[str, Any], step_ended: StepEnded) -> dict[str, Any]:
+        """The keyword arguments of one call; what the call may change is copied."""
+
+    def count_tokens(self, pipeline: Any, prompt: str) -> int:
+        """How many tokens the text encoder would be given if nothing were cut off."""
+
+    def uses_negative_prompt(self, pipeline: Any, guided: bool) -> bool:
+        """Whether the negative prompt is read at all."""
+
+
+class ZImageEncoder:
+    """Lists of states of one chat-framed prompt each."""
+
+    def encode(
+        self, pipeline: Any, prompt: str, negative_prompt: str, guided: bool, max_tokens: int
+    ) -> dict[str, Any]:
+        positive, negative = pipeline.encode_prompt(
+            # Lists of our own: the pipeline writes its templates into those that it is given.
+            prompt=[prompt],
+            negative_prompt=[negative_prompt],
+            do_classifier_free_guidance=guided,
+            max_sequence_length=max_tokens,
+        )
+        return {"prompt_embeds": tuple(positive), "negative_prompt_embeds": tuple(negative)}
+
+    def call_arguments(self, embeddings: Mapping[str, Any], step_ended: StepEnded) -> dict[str, Any]:
+        lists = {name: list(tensors) for name, tensors in embeddings.items()}
+        return lists | {"callback_on_step_end": _at_step_end(step_ended)}
+
+    def count_tokens(self, pipeline: Any, prompt: str) -> int:
+        framed = pipeline.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        )
+        return _count(pipeline.tokenizer, framed)
+
+    def uses_negative_prompt(self, pipeline: Any, guided: bool) -> bool:
+        return guided
+
+
+class SDXLEncoder:
+    """States of two text encoders side by side, and the pooled state of the second."""
+
+    def encode(
+        self, pipeline: Any, prompt: str, negative_prompt: str, guided: bool, max_tokens: int
+    ) -> dict[str, Any]:
+        names = (
+            "prompt_embeds",
+            "negative_prompt_embeds",
+            "pooled_prompt_embeds",
+            "negative_pooled_prompt_embeds",
+        )
+        tensors = pipeline.encode_prompt(
+            prompt=prompt,
+            # SDXL was trained with zeros for an empty prompt, which the pipeline takes for None alone.
+            negative_prompt=negative_prompt or None,
+            do_classifier_free_guidance=self.uses_negative_prompt(pipeline, guided),
+        )
+        return dict(zip(names, tensors, strict=True))
+
+    def call_arguments(self, embeddings: Mapping[str, Any], step_ended: StepEnded) -> dict[str, Any]:
+        return {**embeddings, "callback_on_step_end": _at_step_end(step_ended)}
+
+    def count_tokens(self, pipeline: Any, prompt: str) -> int:
+        return max(_count(pipeline.tokenizer, prompt), _count(pipeline.tokenizer_2, prompt))
+
+    def uses_negative_prompt(self, pipeline: Any, guided: bool) -> bool:
+        # A unet that is told the guidance draws the guided picture in one call.
+        return guided and pipeline.unet.config.time_cond_proj_dim is None
+
+
+class PixArtEncoder:
+    """States of T5 and the masks of their padding."""
+
+    def encode(
+        self, pipeline: Any, prompt: str, negative_prompt: str, guided: bool, max_tokens: int
+    ) -> dict[str, Any]:
+        names = (
+            "prompt_embeds",
+            "prompt_attention_mask",
+            "negative_prompt_embeds",
+            "negative_prompt_attention_mask",
+        )
+        tensors = pipeline.encode_prompt(
+            prompt,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=guided,
+            max_sequence_length=max_tokens,
+            # Cleaning needs packages that may be missing, and would read another prompt than was reported.
+            clean_caption=False,
+        )
+        return dict(zip(names, tensors, strict=True))
+
+    def call_arguments(self, embeddings: Mapping[str, Any], step_ended: StepEnded) -> dict[str, Any]:
+        def callback(index: int, _timestep: Any, _latents: torch.Tensor) -> None:
+            step_ended(index)
+
+        return {
+            **embeddings,
+            "negative_prompt": None,
+            "callback": callback,
+            # Binning would draw another size and scale it to the one that was asked.
+            "use_resolution_binning": False,
+        }
+
+    def count_tokens(self, pipeline: Any, prompt: str) -> int:
+        return _count(pipeline.tokenizer, prompt.lower())  # the pipeline lowers what T5 reads
+
+    def uses_negative_prompt(self, pipeline: Any, guided: bool) -> bool:
+        return guided
+
+
+PROMPT_ENCODERS: Mapping[str, PromptEncoder] = {
+    "ZImagePipeline": ZImageEncoder(),
+    "StableDiffusionXLPipeline": SDXLEncoder(),
+    "PixArtAlphaPipeline": PixArtEncoder(),
+    "PixArtSigmaPipeline": PixArtEncoder(),
+}
+
+
+def encoder_for(pipeline: Any) -> PromptEncoder:
+    """The row of the pipeline's class, or of the nearest class that it is derived from."""
+    for each in type(pipeline).__mro__:
+        if each.__name__ in PROMPT_ENCODERS:
+            return PROMPT_ENCODERS[each.__name__]
+    raise TypeError(f"no prompt encoder for {type(pipeline).__name__}; there are {sorted(PROMPT_ENCODERS)}")
+
+
+def _at_step_end(step_ended: StepEnded) -> Callable[..., dict[str, Any]]:
+    def callback(_pipeline: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        step_ended(index)
+        return tensors
+
+    return callback
+
+
+def _count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, truncation=False, padding=False, verbose=False).input_ids)
