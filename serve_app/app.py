@@ -115,7 +115,7 @@ def _check_folder(model: str | None) -> None:
     if model is not None and (Path(model).exists() or model.count("/") != 1):
         from zimage_engine import ModelLoaderAdapter
 
-        _ = ModelLoaderAdapter(model).plan
+        ModelLoaderAdapter(model).check()
 
 
 def _say(sentence: str) -> None:

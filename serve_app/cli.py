@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from serve_app.cli_cache import cache_app
+from serve_app.cli_inspect import inspect
 from serve_app.terminal import DownloadBar, StepBar, say
 from zimage_engine.errors import EngineError, InvalidRequest
 from zimage_engine.types import GenerationReport, GenerationRequest, PictureReport
@@ -52,6 +54,9 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.command()(inspect)
+app.add_typer(cache_app, name="cache")
 
 ModelOption = Annotated[
     str | None,

@@ -21,42 +21,76 @@ from typing import Any
 
 from zimage_engine.checkpoint.features import CheckpointFeatures, read_features
 from zimage_engine.errors import CheckpointDamaged
-from zimage_engine.families import ModelFamily, family_named, identify
+from zimage_engine.families import ModelFamily
 from zimage_engine.loading.locate import locate
+from zimage_engine.loading.mending import Companions, FoundModel, Mending, plan_mending
 from zimage_engine.loading.plan import LoadPlan, plan_load
+from zimage_engine.loading.view import ensure_view
 
 
 class ModelLoaderAdapter:
-    """Loads one model of a supported family, whatever name it has.
+    """Loads one model of a supported family, whatever name it has and whatever of it must be mended.
 
-    `path_or_repo_id` is a folder or a hub id. `family` is the name of a family, for a checkpoint that is
-    known better than its files tell; None recognises it from the inside. Each property is read once, on
-    first use, and raises what that step can find: CheckpointNotFound, UnknownFamily, CheckpointDamaged.
+    `path_or_repo_id` is a folder, a single file of weights, or a hub id. `family` is the name of a family,
+    for a checkpoint that is known better than its files tell; None recognises it from the inside. `base`,
+    `text_encoder` and `vae` are folders or files that supply what a single file lacks; `cache_folder` is
+    where repaired views are kept (None: the user's cache directory). Each property is read once, on first
+    use, and raises what that step can find: CheckpointNotFound, UnknownFamily, CheckpointDamaged.
     """
 
-    def __init__(self, path_or_repo_id: str | Path, family: str | None = None) -> None:
+    def __init__(
+        self,
+        path_or_repo_id: str | Path,
+        family: str | None = None,
+        *,
+        base: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        cache_folder: Path | None = None,
+    ) -> None:
         self._path_or_repo_id = path_or_repo_id
         self._family_name = family
+        self._beside = {"base": base, "text_encoder": text_encoder, "vae": vae}
+        self._cache_folder = cache_folder
 
     @cached_property
-    def model_path(self) -> Path:
-        """The folder on disk; a hub id that is not whole in the cache is fetched."""
+    def origin(self) -> Path:
+        """The folder or file on disk; a hub id that is not whole in the cache is fetched."""
         return locate(self._path_or_repo_id)
 
     @cached_property
-    def features(self) -> CheckpointFeatures:
-        """What is in the folder."""
-        return read_features(self.model_path)
+    def mending(self) -> Mending:
+        """What it was recognised as and every repair that it needs; nothing is written for this."""
+        beside = {
+            name: None if path is None else read_features(locate(path)) for name, path in self._beside.items()
+        }
+        return plan_mending(read_features(self.origin), self._family_name, Companions(**beside))
 
     @cached_property
     def family(self) -> ModelFamily:
         """What kind of model it is."""
-        return family_named(self._family_name) if self._family_name else identify(self.features)
+        return self.mending.family
+
+    @cached_property
+    def model_path(self) -> Path:
+        """The folder for the stock call: the original where it is healthy, else its repaired view."""
+        view = self.mending.view
+        return self.origin if view is None else ensure_view(view, self._cache_folder)
+
+    @cached_property
+    def features(self) -> CheckpointFeatures:
+        """What is in `model_path`."""
+        return read_features(self.model_path, is_our_view=self.mending.view is not None)
 
     @cached_property
     def plan(self) -> LoadPlan:
-        """How it will be loaded."""
+        """How `model_path` will be loaded."""
         return plan_load(self.features, self.family)
+
+    def check(self) -> None:
+        """Raise whatever would keep it from loading and shows without loading; writes nothing."""
+        if self.mending.view is None:
+            _ = self.plan
 
     def get_load_kwargs(self) -> dict[str, Any]:
         """The keyword arguments for the stock `from_pretrained(model_path, ...)`."""
@@ -71,20 +105,27 @@ class ModelLoaderAdapter:
         }
 
     def explain(self) -> str:
-        """What was recognised, by what, and how it will be loaded, for a person to read."""
-        because = f"family={self._family_name!r} was given" if self._family_name else self.family.fingerprint
+        """What was recognised, by what, what is mended and why, what was checked, for a person to read."""
+        self.check()
+        mending = self.mending
         lines = [
-            f"{self.model_path}: {self.family.title}",
-            f"  because {because}",
+            f"{self.origin}: {self.family.title}",
+            f"  because {mending.because}",
             f"  loaded by {self.family.pipeline_class}.from_pretrained",
-            *(f"  {reason}" for reason in self.plan.reasons),
         ]
-        for component, files in self.plan.weights.items():
-            tensors = [tensor for file in files for tensor in file.tensors]
-            stored = "/".join(sorted({tensor.dtype for tensor in tensors})) or "unknown until read"
-            megabytes = sum(file.size_bytes for file in files) / 1e6
-            names = files[0].name if len(files) == 1 else f"{len(files)} files"
-            lines.append(f"  {component}: {names}, {megabytes:.1f} MB, {len(tensors)} tensors, {stored}")
+        if mending.view is None:
+            lines += [f"  {reason}" for reason in self.plan.reasons]
+            lines.append("  repairs: none, the files are loaded as they are")
+        else:
+            lines.append(f"  {self.family.dtype}: said outright, because without it diffusers mixes dtypes")
+            lines.append(
+                f"  repairs: {len(mending.repairs)}, in a view beside the files, which stay untouched"
+            )
+            lines += [
+                f"    {made.repair.name} ({made.place}): {made.detail}; {made.repair.because}"
+                for made in mending.repairs
+            ]
+        lines += [_model_line(model) for model in mending.models]
         return "\n".join(lines)
 
     def load(self) -> Any:
@@ -103,11 +144,24 @@ class ModelLoaderAdapter:
             # What the stock loaders raise for files they cannot use; MemoryError and bugs of ours go through.
             except (OSError, ValueError, KeyError, RuntimeError) as error:
                 raise CheckpointDamaged(
-                    f"{self.model_path} is a {self.family.title} model, but diffusers cannot load it: {error}"
+                    f"{self.origin} is a {self.family.title} model, but diffusers cannot load it: {error}"
                 ) from error
         pipeline.set_progress_bar_config(disable=True)
         verify(pipeline, self.plan)
         return pipeline
+
+
+def _model_line(model: FoundModel) -> str:
+    """One component: its files, their size, and what was found in them and checked."""
+    files = model.stored.files
+    stored = "/".join(sorted({tensor.dtype for tensor in model.stored.tensors})) or "unknown until read"
+    megabytes = sum(file.size_bytes for file in files) / 1e6
+    names = files[0].name if len(files) == 1 else f"{len(files)} files"
+    left_out = f", {len(model.part.dropped)} stored ones left out" if model.part.dropped else ""
+    return (
+        f"  {model.name}: {names}, {megabytes:.1f} MB, {model.part.class_name}, all "
+        f"{len(model.part.recipes)} tensors there and of the right shape, {stored}{left_out}"
+    )
 
 
 @contextmanager

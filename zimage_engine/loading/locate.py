@@ -13,21 +13,17 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def locate(path_or_repo_id: str | Path) -> Path:
-    """A folder on disk for `path_or_repo_id`.
+    """The folder or file on disk that `path_or_repo_id` stands for.
 
-    A folder that exists wins over a hub id of the same spelling. A hub id is looked up in the Hugging
+    A path that exists wins over a hub id of the same spelling. A hub id is looked up in the Hugging
     Face cache first and fetched only where something of it is missing. Raises CheckpointNotFound.
     """
     path = Path(path_or_repo_id).expanduser()
-    if path.is_dir():
+    if path.exists():
         return path
-    if path.is_file():
-        raise CheckpointNotFound(
-            f"'{path}' is a single file; expected a model folder with model_index.json in it, or a hub id"
-        )
     if isinstance(path_or_repo_id, str) and _HUB_ID.fullmatch(path_or_repo_id):
         return _cached(path_or_repo_id) or _fetched(path_or_repo_id)
-    raise CheckpointNotFound(f"there is no folder at '{path}', and it is not a hub id such as 'owner/name'")
+    raise CheckpointNotFound(f"there is nothing at '{path}', and it is not a hub id such as 'owner/name'")
 
 
 def missing_files(features: CheckpointFeatures) -> tuple[str, ...]:

@@ -122,14 +122,14 @@ def test_what_a_folder_lacks_is_named(copy_of_tiny_model, take_away, missing: st
     assert missing_files(read_features(folder)) == ((missing,) if missing else ())
 
 
-def test_a_single_file_is_refused_with_what_is_expected(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointNotFound, match="is a single file; expected a model folder"):
-        locate(tmp_path / "model.safetensors")
+def test_a_single_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    assert locate(file) == file
 
 
 @pytest.mark.parametrize("name", ["nowhere", "/nowhere/at/all", "./a/b", "a/b/c", "a b/c"])
 def test_what_is_neither_folder_nor_id_is_refused(name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointNotFound, match="there is no folder at"):
+    with pytest.raises(CheckpointNotFound, match="there is nothing at"):
         locate(name)

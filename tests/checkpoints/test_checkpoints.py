@@ -1,0 +1,73 @@
+"""Every case: it loads and draws what the undamaged model draws, or is refused in a useful sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.checkpoints.cases import CASES, Case
+from tests.checkpoints.models import WRITERS, adapter_for, damaged, picture
+from tests.checkpoints.outcome import outcome
+from zimage_engine import ModelLoaderAdapter
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, np.ndarray]]:
+    """The healthy model of a name and what it draws, made once."""
+    made: dict[str, tuple[Path, np.ndarray]] = {}
+    root = tmp_path_factory.mktemp("healthy")
+
+    def model(name: str) -> tuple[Path, np.ndarray]:
+        if name not in made:
+            folder = WRITERS[name](root / name)
+            made[name] = folder, picture(ModelLoaderAdapter(folder, cache_folder=root / "views"))
+        return made[name]
+
+    return model
+
+
+def test_every_case_has_its_folder_and_every_folder_its_case() -> None:
+    folders = {path.parent.name for path in HERE.glob("*/expected.json")}
+    assert folders == {case.name for case in CASES}
+    assert len(folders) >= 60
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_case_comes_out_as_expected(case: Case, healthy, tmp_path: Path) -> None:
+    expected = json.loads((HERE / case.name / "expected.json").read_text(encoding="utf-8"))
+    folder, reference = healthy(case.model)
+    found = outcome(case, folder, reference, tmp_path)
+    if case.error:
+        assert found.get("error") == case.error, found
+        assert case.message in found["message"]
+        assert len(found["message"]) < 2000
+    else:
+        assert "error" not in found, found["message"]
+        assert found["picture"] == ("within rounding" if case.rounding else "equal")
+        assert set(case.repairs) <= set(found["repairs"])
+    assert {key: found.get(key) for key in ("family", "repairs", "error", "picture")} == {
+        key: expected.get(key) for key in ("family", "repairs", "error", "picture")
+    }
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.error][::6], ids=lambda case: case.name)
+def test_the_users_files_stay_as_they_were(case: Case, healthy, tmp_path: Path) -> None:
+    path, folder = damaged(case, healthy(case.model)[0], tmp_path)
+
+    def state() -> dict[str, tuple[int, int]]:
+        return {
+            str(each): (each.stat().st_size, each.stat().st_mtime_ns)
+            for each in folder.rglob("*")
+            if each.is_file()
+        }
+
+    before = state()
+    adapter_for(case, path, folder, tmp_path / "views").load()
+    assert state() == before
+    assert not (Path.cwd() / "was-run").exists()

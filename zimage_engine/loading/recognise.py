@@ -1,0 +1,76 @@
+"""Tells of which family the found models are; what the JSON files leave out is taken from the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from zimage_engine.checkpoint.features import CheckpointFeatures, ComponentFeatures
+from zimage_engine.checkpoint.schemas import config_from_tensors
+from zimage_engine.errors import CheckpointDamaged, UnknownFamily
+from zimage_engine.families import FAMILIES, ModelFamily, family_named
+from zimage_engine.families.family import ComponentRow
+from zimage_engine.loading.found_models import FoundModel
+
+
+def recognise(
+    features: CheckpointFeatures, models: Mapping[str, FoundModel], family_name: str | None
+) -> tuple[ModelFamily, str]:
+    """The family that was said, or the one whose fingerprint fits what was measured."""
+    if family_name is not None:
+        return family_named(family_name), f"family={family_name!r} was given"
+    failures: dict[str, str] = {}
+    fitting: list[ModelFamily] = []
+    for family in FAMILIES:
+        failure = family.fingerprint.first_failure(_as_measured(features, models, family))
+        if failure is None:
+            fitting.append(family)
+        else:
+            failures[family.name] = failure
+    if len(fitting) == 1:
+        return fitting[0], str(fitting[0].fingerprint)
+    if fitting:
+        names = ", ".join(family.name for family in fitting)
+        raise UnknownFamily(f"{features.path} fits several families ({names}); say which with family=")
+    reasons = "".join(f"\n  {name}: {failure}" for name, failure in failures.items())
+    raise UnknownFamily(f"{features.path} is no model of a supported family:{reasons}")
+
+
+def _as_measured(
+    features: CheckpointFeatures, models: Mapping[str, FoundModel], family: ModelFamily
+) -> CheckpointFeatures:
+    """The features with what the tensors tell in place of what the JSON files leave out.
+
+    The scheduler's fields are never filled in here: some families differ in nothing else.
+    """
+    model_index = dict(features.model_index)
+    pipeline_classes = {each.pipeline_class for each in FAMILIES}
+    if model_index.get("_class_name") not in pipeline_classes:
+        model_index["_class_name"] = family.pipeline_class
+    components = dict(features.components)
+    for name, model in models.items():
+        row = family.components.get(name)
+        config = dict(model.config)
+        if not config and row is not None:
+            config = _config_told_by_shapes(model, row) or {}
+        config.setdefault("_class_name", model.part.class_name)
+        base = components.get(name) or _empty_component(name)
+        components[name] = replace(base, is_there=True, config=config)
+    scheduler = components.get("scheduler") or _empty_component("scheduler")
+    if "_class_name" not in scheduler.config:
+        class_name = family.scheduler_defaults["_class_name"]
+        scheduler = replace(scheduler, config={**scheduler.config, "_class_name": class_name})
+    components["scheduler"] = scheduler
+    return replace(features, model_index=model_index, components=components)
+
+
+def _empty_component(name: str) -> ComponentFeatures:
+    return ComponentFeatures(name, "", "", False, {}, (), (), ())
+
+
+def _config_told_by_shapes(model: FoundModel, row: ComponentRow) -> dict[str, Any] | None:
+    try:
+        return config_from_tensors(model.part.class_name, model.shapes, row.constants)
+    except (CheckpointDamaged, UnknownFamily):
+        return None
