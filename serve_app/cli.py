@@ -64,8 +64,24 @@ ModelOption = Annotated[
         "--model",
         "-m",
         metavar="PATH_OR_ID",
-        help="A model's folder, or its id on the hub (owner/name). Without it: the small demo model that"
-        " comes with the program.",
+        help="A model's folder or file, or its id on the hub (owner/name). Without it: the small demo"
+        " model that comes with the program.",
+        show_default=False,
+    ),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH_OR_ID",
+        help="A whole model of the same kind, for what a single file lacks (text encoder, VAE, tokenizer).",
+        show_default=False,
+    ),
+]
+FamilyOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What kind of model it is, where its files do not tell; `zimage-turbo inspect` says which fit.",
         show_default=False,
     ),
 ]
@@ -203,6 +219,8 @@ def generate(
         ),
     ],
     model: ModelOption = None,
+    base: BaseOption = None,
+    family: FamilyOption = None,
     device: DeviceOption = None,
     seed: Annotated[
         int | None,
@@ -279,7 +297,7 @@ def generate(
         from zimage_engine import Engine
 
         say(f"Loading {model or 'the demo model'} ...", only_on_a_terminal=True)
-        engine = Engine.load(model, device)
+        engine = Engine.load(model, device, family=family, base=base)
         reports: list[GenerationReport] = []
         # One call a picture, so that what is drawn is on the disk at once, whatever happens to the next.
         for index, file in enumerate(files):

@@ -52,14 +52,24 @@ class Engine:
         self._count_tokens = token_counter(tokenizer_json) if tokenizer_json else None
 
     @classmethod
-    def load(cls, path_or_id: str | Path | None = None, device: str | None = None) -> Engine:
-        """Load a model folder or hub id; None is the demo model that comes with the package.
+    def load(
+        cls,
+        path_or_id: str | Path | None = None,
+        device: str | None = None,
+        *,
+        family: str | None = None,
+        base: str | Path | None = None,
+    ) -> Engine:
+        """Load a model folder, single file or hub id; None is the demo model that comes with the package.
+
+        `family` says what kind of model it is where the files do not; `base` is a folder or hub id that
+        supplies what a single file lacks.
 
         `device` is "cuda", "cuda:1", "mps" or "cpu"; None takes the best there is, in that order.
         Raises DeviceUnavailable, CheckpointNotFound, UnknownFamily or CheckpointDamaged.
         """
         chosen = choose_device(device, available_devices())
-        adapter = ModelLoaderAdapter(DEMO_MODEL_PATH if path_or_id is None else path_or_id)
+        adapter = ModelLoaderAdapter(DEMO_MODEL_PATH if path_or_id is None else path_or_id, family, base=base)
         pipeline = adapter.load().to(chosen)
         return cls(pipeline, adapter.family, _model_id(path_or_id), chosen)
 
@@ -144,8 +154,10 @@ class Engine:
 
 
 def _model_id(path_or_id: str | Path | None) -> str:
-    """What callers know the model by: a hub id as it is, a folder by its own name without the way to it."""
+    """What callers know the model by: a hub id as it is, a path by its last name alone."""
     if path_or_id is None:
         return DEMO_MODEL_ID
     path = Path(path_or_id).expanduser()
+    if path.is_file():
+        return path.stem
     return path.resolve().name if path.is_dir() else str(path_or_id)

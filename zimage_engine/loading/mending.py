@@ -15,12 +15,12 @@ from typing import Any
 
 from zimage_engine.checkpoint.features import CheckpointFeatures, ComponentFeatures
 from zimage_engine.checkpoint.repair import AppliedRepair, Repair
-from zimage_engine.checkpoint.schemas import config_from_tensors
 from zimage_engine.errors import CheckpointDamaged
 from zimage_engine.families import ModelFamily
 from zimage_engine.families.family import ComponentRow
 from zimage_engine.loading import repairs as known
 from zimage_engine.loading.found_models import FoundModel, check_tensors, found_models, has_no_weights
+from zimage_engine.loading.model_config import config_of
 from zimage_engine.loading.recognise import recognise
 from zimage_engine.loading.view_plan import LinkedFile, ViewPlan, WrittenText, WrittenWeights
 
@@ -57,7 +57,7 @@ def plan_mending(
     """
     beside = companions or Companions()
     models = found_models(features)
-    family, because = recognise(features, models, family_name)
+    family, because = recognise(features, models, family_name, beside.base)
     return _Builder(features, models, family, beside).mending(because)
 
 
@@ -231,8 +231,11 @@ class _Builder:
     def _config_of(self, model: FoundModel, row: ComponentRow) -> Mapping[str, Any]:
         if model.config:
             return model.config
-        config = config_from_tensors(model.part.class_name, model.shapes, row.constants)
+        config = config_of(model, row, self._companions.base)
         detail = f"{len(config)} values for {model.part.class_name}"
+        base = self._companions.base
+        if base is not None and config is (base.components.get(model.name) or model).config:
+            detail += f", as {base.path} has them"
         if model.folder is not None:
             self._repairs.append(AppliedRepair(known.WRITE_CONFIG, model.name, detail))
         return config

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from zimage_engine.checkpoint.features import CheckpointFeatures, ComponentFeatures
-from zimage_engine.checkpoint.schemas import config_from_tensors
 from zimage_engine.errors import CheckpointDamaged, UnknownFamily
 from zimage_engine.families import FAMILIES, ModelFamily, family_named
-from zimage_engine.families.family import ComponentRow
 from zimage_engine.loading.found_models import FoundModel
+from zimage_engine.loading.model_config import config_of
 
 
 def recognise(
-    features: CheckpointFeatures, models: Mapping[str, FoundModel], family_name: str | None
+    features: CheckpointFeatures,
+    models: Mapping[str, FoundModel],
+    family_name: str | None,
+    base: CheckpointFeatures | None = None,
 ) -> tuple[ModelFamily, str]:
-    """The family that was said, or the one whose fingerprint fits what was measured."""
+    """The family that was said, or the one whose fingerprint fits what was measured.
+
+    `base` lends its settings where the checkpoint has none. Raises UnknownFamily; CheckpointDamaged where a
+    known denoiser lacks the configuration that only its own config.json tells.
+    """
     if family_name is not None:
         return family_named(family_name), f"family={family_name!r} was given"
     failures: dict[str, str] = {}
     fitting: list[ModelFamily] = []
+    untold: CheckpointDamaged | None = None
     for family in FAMILIES:
-        failure = family.fingerprint.first_failure(_as_measured(features, models, family))
+        try:
+            measured = _as_measured(features, models, family, base)
+        except CheckpointDamaged as error:
+            untold, failures[family.name] = error, str(error)
+            continue
+        failure = family.fingerprint.first_failure(measured)
         if failure is None:
             fitting.append(family)
         else:
@@ -33,12 +44,17 @@ def recognise(
     if fitting:
         names = ", ".join(family.name for family in fitting)
         raise UnknownFamily(f"{features.path} fits several families ({names}); say which with family=")
+    if untold is not None:
+        raise untold
     reasons = "".join(f"\n  {name}: {failure}" for name, failure in failures.items())
     raise UnknownFamily(f"{features.path} is no model of a supported family:{reasons}")
 
 
 def _as_measured(
-    features: CheckpointFeatures, models: Mapping[str, FoundModel], family: ModelFamily
+    features: CheckpointFeatures,
+    models: Mapping[str, FoundModel],
+    family: ModelFamily,
+    base: CheckpointFeatures | None,
 ) -> CheckpointFeatures:
     """The features with what the tensors tell in place of what the JSON files leave out.
 
@@ -52,12 +68,14 @@ def _as_measured(
     for name, model in models.items():
         row = family.components.get(name)
         config = dict(model.config)
-        if not config and row is not None:
-            config = _config_told_by_shapes(model, row) or {}
+        if row is not None and name == family.denoiser and model.part.class_name in row.class_names:
+            config = dict(config_of(model, row, base))
         config.setdefault("_class_name", model.part.class_name)
-        base = components.get(name) or _empty_component(name)
-        components[name] = replace(base, is_there=True, config=config)
+        component = components.get(name) or _empty_component(name)
+        components[name] = replace(component, is_there=True, config=config)
     scheduler = components.get("scheduler") or _empty_component("scheduler")
+    if not scheduler.config and base is not None:
+        scheduler = base.components.get("scheduler") or scheduler
     if "_class_name" not in scheduler.config:
         class_name = family.scheduler_defaults["_class_name"]
         scheduler = replace(scheduler, config={**scheduler.config, "_class_name": class_name})
@@ -67,10 +85,3 @@ def _as_measured(
 
 def _empty_component(name: str) -> ComponentFeatures:
     return ComponentFeatures(name, "", "", False, {}, (), (), ())
-
-
-def _config_told_by_shapes(model: FoundModel, row: ComponentRow) -> dict[str, Any] | None:
-    try:
-        return config_from_tensors(model.part.class_name, model.shapes, row.constants)
-    except (CheckpointDamaged, UnknownFamily):
-        return None
