@@ -178,12 +178,35 @@ ONLY_Z_IMAGE: tuple[tuple[str, d.Damage, dict[str, object]], ...] = (
     ),
 )
 
+ONLY_SDXL: tuple[tuple[str, d.Damage, dict[str, object]], ...] = (
+    ("single-file-with-base", d.sdxl_single_file, {"base": True}),
+    ("single-file-alone", d.sdxl_single_file, {"error": CORRUPT, "message": "--base"}),
+    ("ldm-unet", d.ldm_unet_layout, {}),
+    ("ldm-vae", d.ldm_vae_layout, {}),
+    ("ldm-unet-compiled", d.chained(d.ldm_unet_layout, d.renamed_keys(lambda n: f"_orig_mod.{n}")), {}),
+)
+
+ONLY_PIXART: tuple[tuple[str, d.Damage, dict[str, object]], ...] = (
+    ("original-layout", d.original_pixart_layout(), {}),
+    ("original-layout-in-a-checkpoint", d.original_pixart_layout("state_dict"), {}),
+)
+
 CASES: tuple[Case, ...] = (
     *(Case(f"{model}-healthy", model, _as_is) for model in ALL_MODELS),
     *(
         Case(f"{model}-{name}", model, damage, **facts)  # type: ignore[arg-type]
         for model in ONE_OF_EACH
         for name, damage, facts in ANYWHERE
+    ),
+    *(
+        Case(f"{model}-{name}", model, damage, **facts)  # type: ignore[arg-type]
+        for model in SDXL_MODELS
+        for name, damage, facts in ONLY_SDXL
+    ),
+    *(
+        Case(f"{model}-{name}", model, damage, **facts)  # type: ignore[arg-type]
+        for model in PIXART_MODELS
+        for name, damage, facts in ONLY_PIXART
     ),
     *(Case(f"z-image-{name}", "z-image", damage, **facts) for name, damage, facts in ONLY_Z_IMAGE),  # type: ignore[arg-type]
 )

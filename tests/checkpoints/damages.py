@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-Tensors = dict[str, torch.Tensor]
+from tests.checkpoints.original_layouts import Tensors, ldm_unet, ldm_vae, open_clip, original_pixart
+
 #: Changes the folder, and returns what is to be loaded: the folder itself or a file.
 Damage = Callable[[Path], Path]
 
@@ -45,10 +46,10 @@ def stock_name(component: Path, suffix: str = ".safetensors") -> str:
 
 def rewrite(component: Path, tensors: Mapping[str, torch.Tensor], name: str | None = None) -> None:
     """All weights of `component` replaced by one file of these tensors."""
+    ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
     for path in [*weight_files(component), *component.glob("*.index*.json")]:
         path.unlink()
     target = component / (name or stock_name(component))
-    ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
     if target.suffix == ".safetensors":
         save_file(ready, target)
     else:
@@ -314,3 +315,46 @@ def _prefixed(tensors: Tensors, prefix: str, fp8: str) -> Tensors:
         else:
             made[prefix + name] = tensor
     return made
+
+
+def sdxl_single_file(folder: Path) -> Path:
+    """One file as the maker's own code writes it: unet, VAE, both text encoders; the folder stays as base."""
+    parts = {
+        "model.diffusion_model.": ldm_unet(weights(folder / "unet"), layers_per_block=1),
+        "first_stage_model.": ldm_vae(weights(folder / "vae"), levels=_levels(folder / "vae")),
+        "conditioner.embedders.0.transformer.text_model.": weights(folder / "text_encoder"),
+        "conditioner.embedders.1.model.": open_clip(weights(folder / "text_encoder_2")),
+    }
+    target = folder.parent / "sdxl_own.safetensors"
+    packed = {prefix + name: t.contiguous() for prefix, part in parts.items() for name, t in part.items()}
+    save_file(packed, target)
+    return target
+
+
+def _levels(vae: Path) -> int:
+    return len(json.loads((vae / "config.json").read_text(encoding="utf-8"))["block_out_channels"])
+
+
+def ldm_unet_layout(folder: Path) -> Path:
+    place = folder / "unet"
+    rewrite(place, {f"model.diffusion_model.{n}": t for n, t in ldm_unet(weights(place), 1).items()})
+    return folder
+
+
+def ldm_vae_layout(folder: Path) -> Path:
+    place = folder / "vae"
+    rewrite(place, ldm_vae(weights(place), _levels(place)))
+    return folder
+
+
+def original_pixart_layout(wrapper: str = "") -> Damage:
+    def damage(folder: Path) -> Path:
+        place = folder / "transformer"
+        tensors = original_pixart(weights(place))
+        rewrite(place, tensors)
+        if wrapper:
+            rewrite(place, tensors, stock_name(place, ".bin"))
+            torch.save({wrapper: tensors}, place / stock_name(place, ".bin"))
+        return folder
+
+    return damage

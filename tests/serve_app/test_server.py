@@ -292,7 +292,7 @@ def _is_alive(process: psutil.Process) -> bool:
 @pytest.mark.parametrize(
     ("options", "phrase"),
     [
-        (["--model", "/nowhere/model"], r"no folder at '/nowhere/model'"),
+        (["--model", "/nowhere/model"], r"nothing at '/nowhere/model'"),
         (["--model", str(ROOT / "tests")], r"no model of a supported family"),
         (["--host", "0.0.0.0"], r"ZIMAGE_API_KEY"),
         (["--port", "0"], r"port"),

@@ -106,6 +106,10 @@ def _repair(repair: Repair, place: str, detail: str) -> AppliedRepair:
 
 
 def _lost(place: str, index: ShardIndex, absent: Sequence[str]) -> CheckpointDamaged:
+    if not absent:
+        return CheckpointDamaged(
+            f"{place}: {index.name} lists no files, and there are none; fetch the folder again"
+        )
     return CheckpointDamaged(
         f"{place}: {len(absent)} of the {len(index.shards)} files that {index.name} names are missing, "
         f"the first is {absent[0]}; fetch it again"
