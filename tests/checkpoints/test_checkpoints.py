@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 
 from tests.checkpoints.cases import CASES, Case
 from tests.checkpoints.models import WRITERS, adapter_for, damaged, picture
@@ -71,3 +73,27 @@ def test_the_users_files_stay_as_they_were(case: Case, healthy, tmp_path: Path) 
     adapter_for(case, path, folder, tmp_path / "views").load()
     assert state() == before
     assert not (Path.cwd() / "was-run").exists()
+
+
+STOCK_CALLS = {
+    "z-image": diffusers.ZImagePipeline,
+    "sdxl": diffusers.StableDiffusionXLPipeline,
+    "pixart-sigma": diffusers.PixArtSigmaPipeline,
+}
+
+
+@pytest.mark.parametrize("name", STOCK_CALLS)
+@pytest.mark.parametrize("is_damaged", [False, True], ids=["healthy", "damaged"])
+def test_the_stock_call_takes_the_path_and_the_kwargs(
+    name: str, is_damaged: bool, healthy, tmp_path: Path
+) -> None:
+    case = next(case for case in CASES if case.name == f"{name}-{'compiled' if is_damaged else 'healthy'}")
+    path, folder = damaged(case, healthy(name)[0], tmp_path)
+    adapter = adapter_for(case, path, folder, tmp_path / "views")
+    assert (adapter.model_path == path) is not is_damaged
+    stock = STOCK_CALLS[name].from_pretrained(adapter.model_path, **adapter.get_load_kwargs())
+    ours = adapter.load()
+    for component in (adapter.family.denoiser, "vae", "text_encoder"):
+        weights = getattr(stock, component).state_dict()
+        for key, tensor in getattr(ours, component).state_dict().items():
+            assert torch.equal(weights[key], tensor), f"{component}.{key}"
