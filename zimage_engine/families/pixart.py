@@ -93,7 +93,7 @@ PIXART_ALPHA_512 = ModelFamily(
     denoiser="transformer",
     # The text encoder overflows in float16.
     dtype="bfloat16",
-    # The maker's advice, and the pipeline's own defaults.
+    # The pipeline's own defaults; the ranges were not measured.
     default_steps=20,
     default_guidance_scale=4.5,
     good_steps=GoodRange(14, 30, below="soft and unfinished", above="slower and no better"),

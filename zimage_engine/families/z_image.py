@@ -130,7 +130,7 @@ Z_IMAGE = replace(
     name="z-image",
     title="Z-Image",
     fingerprint=_STRUCTURE & config_is("scheduler", "shift", 6.0),
-    # The maker's advice is 28 to 50 steps and 3 to 5 in the pipeline's terms, so w is one more.
+    # Commonly advised: 28 to 50 steps and 3 to 5 in the pipeline's terms, so w is one more. Not measured.
     default_steps=50,
     default_guidance_scale=5.0,
     good_steps=GoodRange(28, 50, below="soft and unfinished", above="slower and no better"),
