@@ -141,6 +141,7 @@ ONLY_Z_IMAGE: tuple[tuple[str, d.Damage, dict[str, object]], ...] = (
         d.z_image_single_file(),
         {"error": CORRUPT, "message": "--base"},
     ),
+    ("gguf-with-base", d.z_image_gguf, {"base": True, "rounding": True}),
     ("single-layout-fp8", d.z_image_single_layout(fp8="plain"), {"rounding": True}),
     ("single-layout-scaled-fp8", d.z_image_single_layout(fp8="scaled"), {"rounding": True}),
     (

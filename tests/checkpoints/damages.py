@@ -358,3 +358,24 @@ def original_pixart_layout(wrapper: str = "") -> Damage:
         return folder
 
     return damage
+
+
+def z_image_gguf(folder: Path) -> Path:
+    """The transformer as a GGUF file of 8 bits, the rest in the folder that stays as base."""
+    import gguf
+
+    target = folder.parent / "z_image_q8_0.gguf"
+    writer = gguf.GGUFWriter(target, "lumina2")
+    for name, tensor in z_image_single_names(weights(denoiser_folder(folder))).items():
+        values = tensor.float().numpy()
+        fits = values.ndim == 2 and values.shape[1] % 32 == 0
+        if fits:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

@@ -61,7 +61,7 @@ def _write_table() -> None:
     (HERE / "README.md").write_text(
         "# Damaged checkpoints, and what comes of them\n\n"
         f'{len(rows)} cases, made from tiny models of the real classes by `cases.py`. "Loads" means that the '
-        "picture is the undamaged model's, bit for bit (float8 cases: within that format's rounding).\n"
+        "picture is the undamaged model's, bit for bit (weights stored in 8 bits: within that rounding).\n"
         f"The adapter loads {loads} and refuses {len(rows) - loads} with a sentence; stock diffusers "
         f"{diffusers.__version__} (`from_pretrained` with `torch_dtype=torch.bfloat16`) draws the right "
         f"picture for {stock}. Written by `python -m tests.checkpoints.record`.\n\n"

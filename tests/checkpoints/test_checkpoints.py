@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 
 from tests.checkpoints.cases import CASES, Case
-from tests.checkpoints.models import WRITERS, adapter_for, damaged, picture
+from tests.checkpoints.models import adapter_for, damaged
 from tests.checkpoints.outcome import outcome
-from zimage_engine import ModelLoaderAdapter
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="session")
-def healthy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, np.ndarray]]:
-    """The healthy model of a name and what it draws, made once."""
-    made: dict[str, tuple[Path, np.ndarray]] = {}
-    root = tmp_path_factory.mktemp("healthy")
-
-    def model(name: str) -> tuple[Path, np.ndarray]:
-        if name not in made:
-            folder = WRITERS[name](root / name)
-            made[name] = folder, picture(ModelLoaderAdapter(folder, cache_folder=root / "views"))
-        return made[name]
-
-    return model
 
 
 def test_every_case_has_its_folder_and_every_folder_its_case() -> None:
