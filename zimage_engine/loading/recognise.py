@@ -61,7 +61,8 @@ def _as_measured(
     The scheduler's fields are never filled in here: some families differ in nothing else.
     """
     model_index = dict(features.model_index)
-    pipeline_classes = {each.pipeline_class for each in FAMILIES}
+    # A tuple, because what a file says need not be hashable.
+    pipeline_classes = tuple(each.pipeline_class for each in FAMILIES)
     if model_index.get("_class_name") not in pipeline_classes:
         model_index["_class_name"] = family.pipeline_class
     components = dict(features.components)
