@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from zimage_engine.checkpoint.features import CheckpointFeatures
 from zimage_engine.errors import UnknownFamily
 from zimage_engine.families.family import ComponentRow, GoodRange, ModelFamily
@@ -23,9 +25,19 @@ FAMILIES: tuple[ModelFamily, ...] = (
 )
 
 
-def identify(features: CheckpointFeatures) -> ModelFamily:
-    """The one family whose fingerprint fits; UnknownFamily, with each family's reason, if none or several."""
-    failures = {family.name: family.fingerprint.first_failure(features) for family in FAMILIES}
+def identify(
+    features: CheckpointFeatures,
+    as_seen_by: Callable[[ModelFamily], CheckpointFeatures] | None = None,
+) -> ModelFamily:
+    """The one family whose fingerprint fits; UnknownFamily, with each family's reason, if none or several.
+
+    `as_seen_by` gives the features that one family's fingerprint is to judge, where its own knowledge fills
+    in what the files leave out; None: the same `features` for all.
+    """
+    failures = {
+        family.name: family.fingerprint.first_failure(as_seen_by(family) if as_seen_by else features)
+        for family in FAMILIES
+    }
     fitting = [family for family in FAMILIES if failures[family.name] is None]
     if len(fitting) == 1:
         return fitting[0]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from zimage_engine.checkpoint.features import CheckpointFeatures, ComponentFeatures
 from zimage_engine.errors import CheckpointDamaged, UnknownFamily
-from zimage_engine.families import FAMILIES, ModelFamily, family_named
+from zimage_engine.families import FAMILIES, ModelFamily, family_named, identify
 from zimage_engine.loading.found_models import FoundModel
 from zimage_engine.loading.model_config import config_of
 
@@ -25,29 +25,22 @@ def recognise(
     """
     if family_name is not None:
         return family_named(family_name), f"family={family_name!r} was given"
-    failures: dict[str, str] = {}
-    fitting: list[ModelFamily] = []
-    untold: CheckpointDamaged | None = None
-    for family in FAMILIES:
+    untold: list[CheckpointDamaged] = []
+
+    def as_seen_by(family: ModelFamily) -> CheckpointFeatures:
         try:
-            measured = _as_measured(features, models, family, base)
+            return _as_measured(features, models, family, base)
         except CheckpointDamaged as error:
-            untold, failures[family.name] = error, str(error)
-            continue
-        failure = family.fingerprint.first_failure(measured)
-        if failure is None:
-            fitting.append(family)
-        else:
-            failures[family.name] = failure
-    if len(fitting) == 1:
-        return fitting[0], str(fitting[0].fingerprint)
-    if fitting:
-        names = ", ".join(family.name for family in fitting)
-        raise UnknownFamily(f"{features.path} fits several families ({names}); say which with family=")
-    if untold is not None:
-        raise untold
-    reasons = "".join(f"\n  {name}: {failure}" for name, failure in failures.items())
-    raise UnknownFamily(f"{features.path} is no model of a supported family:{reasons}")
+            untold.append(error)
+            return features
+
+    try:
+        family = identify(features, as_seen_by)
+    except UnknownFamily:
+        if untold:
+            raise untold[-1] from None
+        raise
+    return family, str(family.fingerprint)
 
 
 def _as_measured(
