@@ -6,6 +6,7 @@ back. Each gate does one thing; `add_gates` gives their order.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import secrets
@@ -22,13 +23,73 @@ from serve_app.settings import Settings
 #: With these a caller could tell Serve when to give a request up; Serve's own, not for the outside.
 SERVE_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
 
+#: How much of a body that nobody wants is read before the answer goes out, and for how long.
+DRAINED_BYTES = 32 * 2**20
+DRAIN_SECONDS = 5.0
+
 
 def add_gates(app: FastAPI, settings: Settings) -> None:
-    """Put the gates before the app: headers first, then the key, then the size of the body."""
+    """Put the gates before the app: the body read whole, headers, the key, the size of the body."""
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)
     if settings.api_key is not None:
         app.add_middleware(KeyCheck, api_key=settings.api_key.get_secret_value())
     app.add_middleware(StripServeHeaders)
+    app.add_middleware(DrainBody)
+
+
+class DrainBody:
+    """Reads the rest of a body before an early answer goes out.
+
+    A server that answers and closes while the other side still writes loses its answer: the connection
+    is reset, and a proxy may hand the closed connection to the next request. What is larger or slower
+    than the bounds is cut off, with `Connection: close`; who waits for "100 Continue" has sent nothing.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+            await self._app(scope, receive, send)
+            return
+        body = _WatchedBody(receive, asks_first=headers.get("expect", "").lower() == "100-continue")
+
+        async def send_after_body(message: Message) -> None:
+            if message["type"] == "http.response.start" and not await body.drained():
+                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+            await send(message)
+
+        await self._app(scope, body.receive, send_after_body)
+
+
+class _WatchedBody:
+    """One request's channel, which knows whether the body has been read to its end."""
+
+    def __init__(self, receive: Receive, asks_first: bool) -> None:
+        self._receive = receive
+        self._unsent = asks_first
+        self._ended = False
+        self._read_bytes = 0
+
+    async def receive(self) -> Message:
+        self._unsent = False
+        message = await self._receive()
+        self._read_bytes += len(message.get("body", b""))
+        self._ended = self._ended or not message.get("more_body", False)
+        return message
+
+    async def drained(self) -> bool:
+        """Reads what is left, within the bounds; whether the body's end has been seen."""
+        if self._unsent:
+            return False
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while not self._ended and self._read_bytes <= DRAINED_BYTES:
+                    await self.receive()
+        except TimeoutError:
+            pass
+        return self._ended
 
 
 class StripServeHeaders:
@@ -119,7 +180,6 @@ class BodyLimit:
             INVALID,
             "body_too_large",
             f"The body may have at most {self._limit_bytes:,} bytes; shorten the prompt.",
-            headers={"Connection": "close"},
         )
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import base64
+import socket
+import threading
+from collections.abc import Iterator
 
+import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
@@ -41,6 +46,36 @@ def guarded(settings: Settings) -> FastAPI:
 
     add_gates(app, settings)
     return app
+
+
+@pytest.fixture
+def over_a_socket() -> Iterator[int]:
+    """The port of a real HTTP server with the gates before its app, and room for 2 KiB."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(guarded(load_settings(max_body_bytes=2048)), log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield listener.getsockname()[1]
+    server.should_exit = True
+    thread.join()
+
+
+def test_an_early_refusal_leaves_the_connection_whole(over_a_socket: int) -> None:
+    """Ten refused bodies, each followed by a request on the same connection."""
+    with httpx.Client(base_url=f"http://127.0.0.1:{over_a_socket}") as client:
+        for _ in range(10):
+            refused = client.post("/v1/echo", content=b"a" * 5_000_000)
+            assert (refused.status_code, refused.headers.get("connection")) == (413, None)
+            assert client.get("/").json() == "fine"
+
+
+def test_who_waits_for_leave_to_send_is_refused_at_once(over_a_socket: int) -> None:
+    request = b"POST /v1/echo HTTP/1.1\r\nHost: a\r\nContent-Length: 5000\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", over_a_socket), timeout=3) as connection:
+        connection.sendall(request)
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"connection: close" in answer.lower()
 
 
 def guarded_by_a_key() -> FastAPI:
