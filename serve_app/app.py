@@ -9,8 +9,9 @@ imported inside the functions, because what it reads from the environment must b
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serve_app.settings import Settings
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 APP_NAME = "default"
+
+#: The settings that name a folder, a file or a hub id.
+MODEL_PATHS = ("model", "base", "text_encoder", "vae")
 
 #: The worker's own lock lets one request draw at a time; the others are at hand when it ends, and
 #: one may be packing its pictures.
@@ -36,7 +40,7 @@ def build(settings: Settings) -> "Application":
     from serve_app.ingress import PromptEnhancerIngress
     from serve_app.worker import ImageWorker
 
-    settings = _with_absolute_model(settings)
+    settings = _with_absolute_paths(settings)
     num_gpus = gpus_for_a_worker(settings, _gpus_in_reach)
     worker = serve.deployment(
         ImageWorker,
@@ -69,12 +73,12 @@ def launch(settings: Settings) -> None:
 
     Prints the address once a worker has its model. Raises LaunchFailed, with a sentence, where the
     port is taken or the model cannot be loaded; CheckpointError, before anything is started, for a
-    folder that is no model.
+    folder that is no model, a LoRA that is none, or a path where there is nothing.
     """
     from serve_app.local_cluster import LocalCluster
 
-    settings = _with_absolute_model(settings)
-    _check_folder(settings.model)
+    settings = _with_absolute_paths(settings)
+    _check_files(settings)
     try:
         with LocalCluster(settings) as cluster:
             cluster.run(build, settings)
@@ -103,19 +107,34 @@ def _gpus_in_reach() -> int:
     return NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
 
 
-def _with_absolute_model(settings: Settings) -> Settings:
+def _with_absolute_paths(settings: Settings) -> Settings:
     """Workers run in a directory of their own, where a relative path leads elsewhere."""
-    if settings.model is None or not (folder := Path(settings.model).expanduser()).exists():
-        return settings
-    return settings.model_copy(update={"model": str(folder.resolve())})
+    absolute: dict[str, Any] = {
+        name: str(path.resolve())
+        for name in MODEL_PATHS
+        if (named := getattr(settings, name)) is not None and (path := Path(named).expanduser()).exists()
+    }
+    absolute["loras"] = tuple(replace(lora, path=lora.path.resolve()) for lora in settings.loras)
+    return settings.model_copy(update=absolute)
 
 
-def _check_folder(model: str | None) -> None:
-    """Raise CheckpointError for a folder that no family takes. A hub id is left to the worker."""
-    if model is not None and (Path(model).exists() or model.count("/") != 1):
-        from zimage_engine import ModelLoaderAdapter
+def _check_files(settings: Settings) -> None:
+    """Raise CheckpointError for files that no worker could load; what a hub has is left to the worker."""
+    from zimage_engine import ModelLoaderAdapter
+    from zimage_engine.families import family_named
+    from zimage_engine.loading.locate import locate
+    from zimage_engine.loading.lora_layouts import check_loras
 
-        ModelLoaderAdapter(model).check()
+    if settings.family is not None:
+        family_named(settings.family)
+    named = {name: path for name in MODEL_PATHS if (path := getattr(settings, name)) is not None}
+    here = {name: path for name, path in named.items() if Path(path).exists() or path.count("/") != 1}
+    for path in here.values():
+        locate(path)
+    check_loras(settings.loras)
+    if "model" in here and here == named:
+        beside = {name: path for name, path in here.items() if name != "model"}
+        ModelLoaderAdapter(here["model"], settings.family, **beside).check()
 
 
 def _say(sentence: str) -> None:

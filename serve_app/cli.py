@@ -20,6 +20,7 @@ import typer
 
 from serve_app.cli_cache import cache_app
 from serve_app.cli_inspect import inspect
+from serve_app.cli_names import with_launch_options, with_option_names
 from serve_app.terminal import DownloadBar, StepBar, say
 from zimage_engine.errors import EngineError, InvalidRequest
 from zimage_engine.types import GenerationReport, GenerationRequest, PictureReport
@@ -85,6 +86,34 @@ FamilyOption = Annotated[
         show_default=False,
     ),
 ]
+TextEncoderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--text-encoder",
+        metavar="PATH_OR_ID",
+        help="A folder or file with the text encoder, where the model has none.",
+        show_default=False,
+    ),
+]
+VaeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--vae",
+        metavar="PATH_OR_ID",
+        help="A folder or file with the VAE, where the model has none.",
+        show_default=False,
+    ),
+]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="PATH[=WEIGHT]",
+        help="A LoRA file and how strongly it acts: 1 (the default) is as trained, 0 not at all. May be given"
+        " several times.",
+        show_default=False,
+    ),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
@@ -123,10 +152,16 @@ def _root(
         "zimage-turbo launch --model Tongyi-MAI/Z-Image-Turbo --port 8000",
         "ZIMAGE_API_KEY=secret zimage-turbo launch --host 0.0.0.0",
         "zimage-turbo launch --config server.yaml",
+        "zimage-turbo launch --model models/z-image-turbo --lora style.safetensors=0.8",
     ),
 )
 def launch(
     model: ModelOption = None,
+    base: BaseOption = None,
+    text_encoder: TextEncoderOption = None,
+    vae: VaeOption = None,
+    family: FamilyOption = None,
+    lora: LoraOption = None,
     port: Annotated[
         int | None,
         typer.Option(
@@ -177,17 +212,24 @@ def launch(
                 )
             # By the environment, because the server's other processes read their settings too.
             os.environ[CONFIG_FILE_VARIABLE] = str(config.resolve())
+        chosen = {
+            "model": model,
+            "base": base,
+            "text_encoder": text_encoder,
+            "vae": vae,
+            "family": family,
+            "loras": lora or None,
+            "port": port,
+            "host": host,
+            "device": device,
+            "num_replicas": replicas,
+            "ui": False if no_ui else None,
+        }
         try:
-            settings = load_settings(
-                model=model,
-                port=port,
-                host=host,
-                device=device,
-                num_replicas=replicas,
-                ui=False if no_ui else None,
-            )
+            settings = load_settings(**chosen)
         except SettingsError as wrong:
-            raise InvalidRequest(str(wrong)) from wrong
+            typed = {name for name, value in chosen.items() if value is not None}
+            raise InvalidRequest(with_launch_options(str(wrong), typed)) from wrong
 
         from serve_app.app import launch as launch_server
         from serve_app.local_cluster import LaunchFailed
@@ -204,6 +246,7 @@ def launch(
         'zimage-turbo generate "a red circle, white background" -o circle.png',
         'zimage-turbo generate "白色背景上的红色圆形" -o circle.webp --seed 7',
         'zimage-turbo generate "a small blue star" -o star.png --n 3',
+        'zimage-turbo generate "a small blue star" -o star.png --lora style.safetensors=0.8',
     ),
 )
 def generate(
@@ -220,7 +263,10 @@ def generate(
     ],
     model: ModelOption = None,
     base: BaseOption = None,
+    text_encoder: TextEncoderOption = None,
+    vae: VaeOption = None,
     family: FamilyOption = None,
+    lora: LoraOption = None,
     device: DeviceOption = None,
     seed: Annotated[
         int | None,
@@ -272,6 +318,14 @@ def generate(
     no_enhance: Annotated[
         bool, typer.Option("--no-enhance", help="Draw the prompt as it stands, without added quality words.")
     ] = False,
+    refine: Annotated[
+        bool | None,
+        typer.Option(
+            "--refine/--no-refine",
+            help="Strengthen fine detail of the finished picture (default: with enhancement).",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the whole report as JSON instead of a line a picture.")
     ] = False,
@@ -293,11 +347,19 @@ def generate(
             num_inference_steps=steps,
             guidance_scale=guidance,
             enhance=not no_enhance,
+            refine=refine,
         )
+        from zimage_engine.loading.lora_layouts import check_loras
+        from zimage_engine.loading.lora_weight import parse_lora
+
+        loras = [parse_lora(text) for text in lora or ()]
+        check_loras(loras)
         from zimage_engine import Engine
 
         say(f"Loading {model or 'the demo model'} ...", only_on_a_terminal=True)
-        engine = Engine.load(model, device, family=family, base=base)
+        engine = Engine.load(
+            model, device, family=family, base=base, text_encoder=text_encoder, vae=vae, loras=loras
+        )
         reports: list[GenerationReport] = []
         # One call a picture, so that what is drawn is on the disk at once, whatever happens to the next.
         for index, file in enumerate(files):
@@ -449,6 +511,8 @@ def _write_picture(file: Path, image: Any, encoding: ImageEncoding, report: Gene
         height=report.height,
         model=report.model,
         scheduler=report.scheduler,
+        loras=report.loras,
+        refined=report.pictures[0].refine_seconds > 0,
     )
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -465,7 +529,7 @@ def _tell_picture(file: Path, report: GenerationReport, first: bool) -> None:
     picture = report.pictures[0]
     typer.echo(f"{file}  seed {picture.seed}  {picture.seconds:.1f} s")
     for notice in (*(report.warnings if first else ()), *picture.warnings):
-        say(f"warning: {notice.message}")
+        say(f"warning: {with_option_names(notice.message)}")
 
 
 @contextmanager
@@ -474,7 +538,7 @@ def _errors_as_sentences(when_interrupted: str = "") -> Iterator[None]:
     try:
         yield
     except EngineError as failed:
-        say(f"zimage-turbo: {failed}")
+        say(f"zimage-turbo: {with_option_names(str(failed))}")
         raise typer.Exit(
             EXIT_INVALID_INPUT if isinstance(failed, InvalidRequest) else EXIT_FAILED
         ) from failed

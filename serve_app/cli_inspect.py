@@ -6,18 +6,22 @@ Reads JSON files and headers only, so it imports no torch and takes no longer fo
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zimage_engine.errors import EngineError
 
+if TYPE_CHECKING:
+    from zimage_engine.loading.lora_description import LoraDescription
+
 EXIT_WOULD_NOT_LOAD = 1
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model folder or a single file of weights.")],
+    path: Annotated[Path, typer.Argument(help="A model folder, a single file of weights, or a LoRA.")],
     family: Annotated[
         str | None, typer.Option("--family", help="The kind of model, where you know better.")
     ] = None,
@@ -30,9 +34,16 @@ def inspect(
     vae: Annotated[Path | None, typer.Option("--vae", help="A folder or file with the VAE.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Say what a checkpoint is, what would be mended, and whether it would load. Writes nothing."""
-    from zimage_engine import ModelLoaderAdapter
+    """Say what a checkpoint is, what would be mended, and whether it would load. Writes nothing.
 
+    Of a LoRA it says what it was made for and how it is used; with --base, whether it fits that model.
+    """
+    from zimage_engine import ModelLoaderAdapter
+    from zimage_engine.loading.lora_description import is_lora
+
+    if is_lora(path.expanduser()):
+        _inspect_lora(path.expanduser(), base, as_json)
+        return
     adapter = ModelLoaderAdapter(path, family, base=base, text_encoder=text_encoder, vae=vae)
     try:
         explanation = adapter.explain()
@@ -50,15 +61,65 @@ def inspect(
         typer.echo(explanation)
 
 
+def _inspect_lora(path: Path, base: Path | None, as_json: bool) -> None:
+    from zimage_engine.loading.lora_description import describe_lora
+
+    facts: dict[str, Any] = {"path": str(path), "kind": "lora", "loads": False}
+    try:
+        lora = describe_lora(path)
+        fits = None if base is None else _modules_in(lora, base)
+    except EngineError as error:
+        if as_json:
+            _print_json({**facts, "usable": False, "error": type(error).__name__, "message": str(error)})
+        else:
+            typer.echo(f"Could not be used as a LoRA: {error}")
+        raise typer.Exit(EXIT_WOULD_NOT_LOAD) from None
+    if as_json:
+        _print_json({**facts, "usable": True, **asdict(lora), "path": str(path), "adapted_modules": fits})
+        return
+    texts = f", {lora.text_encoder_pairs} of them for text encoders" if lora.text_encoder_pairs else ""
+    ranks = ", ".join(map(str, lora.ranks))
+    typer.echo(f"{path}: a LoRA, to be put on a model")
+    typer.echo(
+        f"  {lora.pairs} pairs{texts}, rank {ranks}, {'/'.join(lora.dtypes)}, {_size(lora.size_bytes)}"
+    )
+    typer.echo(f"  names as in {', '.join(lora.layouts)}; such as {lora.example}")
+    typer.echo(f"  made for {lora.made_for}, as far as names and shapes tell")
+    if not lora.is_drawn_here:
+        typer.echo("  none of the supported families takes it")
+        return
+    if fits is not None:
+        typer.echo(f"  fits {base}: adapts {fits} of its modules")
+    model = base or "MODEL"
+    typer.echo(f'  use: zimage-turbo generate "..." -o picture.png --model {model} --lora {path}=1.0')
+
+
+def _modules_in(lora: LoraDescription, base: Path) -> int | None:
+    """How many modules of the model at `base` it adapts; None where only diffusers can tell."""
+    from zimage_engine import ModelLoaderAdapter
+    from zimage_engine.loading.lora_description import adapted_modules
+
+    denoiser = next(
+        (model for model in ModelLoaderAdapter(base).mending.models if model.name == "transformer"), None
+    )
+    return None if denoiser is None else adapted_modules(lora.path, denoiser.shapes)
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f} MB"
+
+
 def _facts(adapter: Any) -> dict[str, Any]:
     mending = adapter.mending
     return {
         "path": str(adapter.origin),
+        "commit": adapter.commit,
         "loads": True,
         "family": mending.family.name,
         "because": mending.because,
         "pipeline_class": mending.family.pipeline_class,
         "dtype": mending.family.dtype,
+        "notes": list(mending.notes),
         "repairs": [
             {
                 "name": made.repair.name,

@@ -16,7 +16,15 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.requests import ClientDisconnect
 
-from zimage_engine.errors import DeviceUnavailable, EngineError, GenerationCancelled, InvalidRequest
+from zimage_engine.errors import (
+    DeadlineExceeded,
+    DeviceUnavailable,
+    EngineError,
+    GenerationCancelled,
+    GuardExhausted,
+    InvalidRequest,
+    ScheduleInvalid,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +69,18 @@ class WorkerLost(Exception):
 
 @dataclass(frozen=True)
 class ErrorRow:
-    """How failures of one class are answered; `message` None means the exception's own sentence."""
+    """How failures of one class are answered; `message` None means the exception's own sentence.
+
+    A failure that is the server's own (500) names an incident of its log instead, unless its sentence is
+    `for_the_caller`.
+    """
 
     status: int
     type: str
     code: str
     message: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    for_the_caller: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,9 @@ ROWS: dict[type[BaseException], ErrorRow] = {
         "The picture was stopped before it was done; send the request again.",
         {"Retry-After": "5"},
     ),
+    DeadlineExceeded: ErrorRow(504, SERVER, "deadline_exceeded"),
+    GuardExhausted: ErrorRow(500, SERVER, "guard_exhausted", for_the_caller=True),
+    ScheduleInvalid: ErrorRow(500, SERVER, "schedule_invalid", for_the_caller=True),
     DeviceUnavailable: ErrorRow(503, SERVER, "device_unavailable"),
     EngineError: ErrorRow(500, SERVER, "engine_error"),
     Exception: ErrorRow(500, SERVER, "internal_error"),
@@ -152,10 +168,11 @@ def answer_for(error: BaseException) -> ErrorAnswer:
     if row.status == 500:
         incident = secrets.token_hex(4)
         logger.error("request failed (incident %s)", incident, exc_info=error)
-        message = (
+        reason = (
             "The server could not draw this request, and the fault is its own; "
             f"its log has the reason under incident {incident}."
         )
+        message = f"{message} (incident {incident})" if row.for_the_caller else reason
     parameter: str = getattr(error, "parameter", None) or ""
     wire_name = WIRE_NAME.get(parameter, parameter) or None
     return ErrorAnswer(row.status, row.type, row.code, message, wire_name, row.headers)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, BinaryIO, Literal, get_args
 
 from zimage_engine.errors import InvalidRequest
+from zimage_engine.types import LoraUse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,6 +75,8 @@ class PictureFacts:
     height: int
     model: str
     scheduler: str
+    loras: tuple[LoraUse, ...] = ()
+    refined: bool = False
 
 
 def parameters_text(facts: PictureFacts) -> str:
@@ -81,6 +84,8 @@ def parameters_text(facts: PictureFacts) -> str:
 
     The prompts may have several lines. An empty negative prompt has no line of its own; a setting
     with a comma, a colon or a line break stands in JSON quotes, so that the last line can be split.
+    A LoRA has the tag `<lora:NAME:WEIGHT>` that such readers look for; it stands among the settings, so that
+    the prompt can be drawn again as it is.
     """
     settings = {
         "Steps": f"{facts.steps}",
@@ -89,6 +94,8 @@ def parameters_text(facts: PictureFacts) -> str:
         "Seed": f"{facts.seed}",
         "Size": f"{facts.width}x{facts.height}",
         "Model": facts.model,
+        **({"Refined": "yes"} if facts.refined else {}),
+        **{f"Lora {number}": _lora_text(lora) for number, lora in enumerate(facts.loras, 1)},
     }
     lines = [facts.prompt]
     if facts.negative_prompt:
@@ -228,6 +235,10 @@ def _cut(text: str, room_bytes: int) -> str:
 
 def _stored_bytes(text: str) -> int:
     return len(_storable(text).encode("utf-16-be"))
+
+
+def _lora_text(lora: LoraUse) -> str:
+    return f"<lora:{lora.name.removesuffix('.safetensors')}:{lora.weight:g}>, {lora.adapted_modules} modules"
 
 
 def _storable(text: str) -> str:

@@ -22,7 +22,7 @@ from prometheus_client import (
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from zimage_engine.types import DeviceStatus, GenerationReport, ModelDescription
+from zimage_engine.types import DeviceStatus, GenerationReport, GuardTrip, ModelDescription
 
 #: From a tiny model's step on a GPU to ten large pictures on a CPU.
 SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
@@ -58,6 +58,24 @@ SERVER_ROWS = (
         ("stage",),
     ),
     MetricRow("zimage_warnings", Counter, "Warnings in reports by their code.", ("code",)),
+    MetricRow(
+        "zimage_guard_trips",
+        Counter,
+        "Values that were not finite or absurdly large, by where: encode, denoise, decode; picture: one that "
+        "looked wrong though nothing was found.",
+        ("stage",),
+    ),
+    MetricRow(
+        "zimage_guard_retries",
+        Counter,
+        "What was tried against them, by rung and outcome: recovered, failed, skipped.",
+        ("stage", "rung", "outcome"),
+    ),
+    MetricRow(
+        "zimage_guard_clipped_values",
+        Counter,
+        "Values of the denoiser's output that were clipped into the family's range.",
+    ),
     MetricRow("zimage_worker_retries", Counter, "Requests sent to another worker because theirs had died."),
     MetricRow("zimage_build_info", Gauge, "Always 1; the version is in the label.", ("version",)),
 )
@@ -122,6 +140,8 @@ class ServerMetrics:
         self._table.set("zimage_build_info", 1, version)
         # Present from the first scrape, so that a rate over them has a start.
         self._table.count("zimage_requests", "ok", by=0)
+        for stage in ("encode", "denoise", "decode", "picture"):
+            self._table.count("zimage_guard_trips", stage, by=0)
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -137,12 +157,21 @@ class ServerMetrics:
             self._table.observe("zimage_generation_seconds", picture.denoise_seconds, "denoise")
             self._table.observe("zimage_generation_seconds", picture.decode_seconds, "decode")
             self._table.observe("zimage_generation_seconds", picture.seconds, "total")
+            self._record_guard(picture.guard.trips)
+            self._table.count("zimage_guard_clipped_values", by=picture.guard.clipped_values)
         for notice in report.warnings + tuple(w for picture in report.pictures for w in picture.warnings):
             self._table.count("zimage_warnings", notice.code)
 
-    def record_failure(self, outcome: str) -> None:
+    def record_failure(self, outcome: str, trips: Iterable[GuardTrip] = ()) -> None:
         """A request ended without pictures; `outcome` is from the closed set of error codes."""
         self._table.count("zimage_requests", outcome)
+        self._record_guard(trips)
+
+    def _record_guard(self, trips: Iterable[GuardTrip]) -> None:
+        for trip in trips:
+            self._table.count("zimage_guard_trips", trip.stage)
+            for attempt in trip.attempts:
+                self._table.count("zimage_guard_retries", trip.stage, attempt.rung, attempt.outcome)
 
     def record_retry(self) -> None:
         """A worker died under a request, which is sent to another."""

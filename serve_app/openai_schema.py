@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -98,6 +98,9 @@ class ImageGenerationRequest(BaseModel):
     enhance: bool | None = Field(
         None, description="Let the server add quality words to the prompt; null: true."
     )
+    refine: bool | None = Field(
+        None, description="Strengthen fine detail of the finished picture; null: where enhance is on."
+    )
 
 
 class PictureWarning(BaseModel):
@@ -105,6 +108,14 @@ class PictureWarning(BaseModel):
 
     code: str
     message: str
+
+
+class PictureLora(BaseModel):
+    """A LoRA that was in force: its file's name, how strongly it acted, how many modules it adapted."""
+
+    name: str
+    weight: float
+    adapted_modules: int
 
 
 class Picture(BaseModel):
@@ -116,7 +127,9 @@ class Picture(BaseModel):
     steps: int
     guidance: float
     seconds: float
+    refined: bool
     warnings: list[PictureWarning]
+    loras: list[PictureLora] = []
 
 
 class ImagesResponse(BaseModel):
@@ -256,6 +269,7 @@ def to_engine(wire: ImageGenerationRequest) -> GenerationRequest:
         seed=wire.seed,
         n=_first(wire.n, 1),
         enhance=_first(wire.enhance, True),
+        refine=wire.refine,
     )
 
 
@@ -286,7 +300,9 @@ def to_response(
                 "steps": report.num_inference_steps,
                 "guidance": report.guidance_scale,
                 "seconds": round(made.seconds, 3),
+                "refined": made.refine_seconds > 0,
                 "warnings": [_warning(notice) for notice in report.warnings + made.warnings],
+                "loras": [asdict(lora) for lora in report.loras],
             }
             for picture, made in zip(pictures, report.pictures, strict=True)
         ],

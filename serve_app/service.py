@@ -91,7 +91,9 @@ class ImageService:
             reply = await self._drawn(_ready_to_draw(request, plan, enhanced), encoding, on_progress)
         except (Exception, asyncio.CancelledError) as error:
             cancelled = isinstance(error, asyncio.CancelledError)
-            self._metrics.record_failure("cancelled" if cancelled else outcome_of(error))
+            self._metrics.record_failure(
+                "cancelled" if cancelled else outcome_of(error), getattr(error, "trips", ())
+            )
             raise
         report = replace(reply.report, enhancement=enhanced)
         self._metrics.record(report, time.monotonic() - started)
@@ -207,6 +209,7 @@ def _ready_to_draw(
         prompt=enhanced.prompt,
         negative_prompt=enhanced.negative_prompt,
         enhance=False,
+        refine=request.enhance if request.refine is None else request.refine,
         seed=plan.seeds[0],
     )
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import YamlConfigSettingsSource as YamlSource
+
+from zimage_engine.errors import InvalidRequest
+from zimage_engine.loading.lora_weight import LoraWeight, parse_lora
 
 ENVIRONMENT_PREFIX = "ZIMAGE_"
 CONFIG_FILE_VARIABLE = "ZIMAGE_CONFIG"
@@ -33,6 +37,25 @@ class Settings(BaseSettings):
 
     model: str | None = Field(
         default=None, description="Folder or hub id of the model to load; empty: the embedded demo model."
+    )
+    family: str | None = Field(
+        default=None,
+        description="Kind of the model, such as sdxl, where its files do not tell; empty: recognised.",
+    )
+    base: str | None = Field(
+        default=None,
+        description="Folder or hub id of a whole model of the same kind, for what a single file lacks.",
+    )
+    text_encoder: str | None = Field(
+        default=None, description="Folder or file with the text encoder, where the model has none."
+    )
+    vae: str | None = Field(
+        default=None, description="Folder or file with the VAE, where the model has none."
+    )
+    # NoDecode: in the environment it is PATH=WEIGHT as elsewhere, and no JSON.
+    loras: Annotated[tuple[LoraWeight, ...], NoDecode] = Field(
+        default=(),
+        description="LoRA files as PATH or PATH=WEIGHT (1 is as trained): a list, or text with commas.",
     )
     device: str | None = Field(
         default=None, description="cuda, cuda:1, mps or cpu; empty: the best that the worker finds."
@@ -58,6 +81,13 @@ class Settings(BaseSettings):
     max_queued_requests: int = Field(
         default=64, ge=1, description="Requests that may wait for a worker; more are answered with 429."
     )
+    drawing_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that drawing one request may take before it is given up with status 504; "
+        "unset: as long as it takes.",
+    )
     worker_restart_seconds: float = Field(
         default=60,
         ge=0,
@@ -76,11 +106,29 @@ class Settings(BaseSettings):
         description="Let `launch` put HAProxy in front, not Serve's own proxy; empty: where it is there.",
     )
 
-    @field_validator("model", "device", "api_key", mode="before")
+    @field_validator("model", "family", "base", "text_encoder", "vae", "device", "api_key", mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         """An empty string, as `ZIMAGE_MODEL=` gives it, is no value."""
         return None if isinstance(value, str) and not value.strip() else value
+
+    @field_validator("loras", mode="before")
+    @classmethod
+    def _read_loras(cls, value: Any) -> Any:
+        """A list of `PATH=WEIGHT`, or text: a JSON list where it starts with a bracket, else with commas."""
+        if isinstance(value, str):
+            value = _listed(value)
+        if not isinstance(value, (list, tuple)) or not all(
+            isinstance(each, (str, LoraWeight)) for each in value
+        ):
+            raise ValueError(
+                "setting loras must be a list of PATH or PATH=WEIGHT, such as style.safetensors=0.8, "
+                f"got {value!r}"
+            )
+        try:
+            return tuple(parse_lora(each) if isinstance(each, str) else each for each in value)
+        except InvalidRequest as wrong:
+            raise ValueError(str(wrong)) from wrong
 
     @model_validator(mode="after")
     def _open_address_needs_a_key(self) -> Settings:
@@ -117,6 +165,16 @@ class Settings(BaseSettings):
         """Where a person on this machine opens the page."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+def _listed(text: str) -> Any:
+    """The parts of a text with commas between; a JSON list, for paths that hold commas, as it stands."""
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except ValueError as wrong:
+            raise ValueError(f"setting loras starts with a bracket but is no JSON list ({wrong})") from None
+    return [part for part in text.split(",") if part.strip()]
 
 
 def is_loopback(host: str) -> bool:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from serve_app.image_codec import ImageEncoding, PictureFacts, encode
@@ -19,7 +19,7 @@ from serve_app.logs import log_to_terminal
 from serve_app.metrics import WorkerMetrics
 from serve_app.settings import Settings
 from serve_app.worker_reply import WorkerReply
-from zimage_engine.errors import GenerationCancelled
+from zimage_engine.sampling.control import DrawingControl
 from zimage_engine.types import (
     DeviceStatus,
     GenerationRequest,
@@ -44,6 +44,7 @@ class ImageWorker:
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
         self._turn = asyncio.Lock()
+        self._drawing_seconds = settings.drawing_seconds
         loop = asyncio.get_running_loop()
         self._engine: Engine = await loop.run_in_executor(self._device_thread, _load_engine, settings)
         self._description = self._engine.description
@@ -93,21 +94,17 @@ class ImageWorker:
     async def _draw(
         self, request: GenerationRequest, encoding: ImageEncoding, publish: Publish
     ) -> WorkerReply:
-        stop = threading.Event()
-
-        def on_step(progress: StepProgress) -> None:
-            if stop.is_set():
-                raise GenerationCancelled("the caller went away, or stopped the picture")
-            publish(progress)
-
         loop = asyncio.get_running_loop()
         async with self._turn:
             self._metrics.set_busy(True)
-            drawing = loop.run_in_executor(self._device_thread, self._engine.generate, request, on_step)
+            control = DrawingControl(self._drawing_seconds, on_step=publish)
+            drawing = loop.run_in_executor(
+                self._device_thread, partial(self._engine.generate, request, control=control)
+            )
             try:
                 result = await asyncio.shield(drawing)
             except asyncio.CancelledError:
-                stop.set()
+                control.cancel()
                 await _until_done(drawing)
                 raise
             finally:
@@ -142,7 +139,15 @@ def _load_engine(settings: Settings) -> Engine:
     from zimage_engine import Engine
 
     torch.set_num_threads(threads)
-    return Engine.load(settings.model, settings.device)
+    return Engine.load(
+        settings.model,
+        settings.device,
+        family=settings.family,
+        base=settings.base,
+        text_encoder=settings.text_encoder,
+        vae=settings.vae,
+        loras=settings.loras,
+    )
 
 
 def _replica_name() -> str:
@@ -171,6 +176,8 @@ def _encoded(result: GenerationResult, encoding: ImageEncoding) -> WorkerReply:
                 height=report.height,
                 model=report.model,
                 scheduler=report.scheduler,
+                loras=report.loras,
+                refined=picture.refine_seconds > 0,
             ),
         )
         for image, picture in zip(result.images, report.pictures, strict=True)

@@ -4,16 +4,35 @@
 started by `zimage-turbo launch` when the first test asks for it and ended with the session. Tests that
 use it carry the marker `server`, leave its state alone, and do not assume that they are alone on it.
 
+`cache_of_our_own`: no test writes into the cache of the person who runs them.
+
 `launched`: the same server with its process and its output; for tests that look at these.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from platformdirs import user_cache_path
 
 from tests.running_server import RunningServer, running_server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache folder of this session and of the processes that its tests start.
+
+    Chromium stays where playwright keeps it, which is in the cache too.
+    """
+    folder = tmp_path_factory.mktemp("cache")
+    browsers = os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or str(user_cache_path("ms-playwright"))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("XDG_CACHE_HOME", str(folder))
+        environment.setenv("PLAYWRIGHT_BROWSERS_PATH", browsers)
+        yield folder
 
 
 @pytest.fixture(scope="session")

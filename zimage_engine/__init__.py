@@ -18,6 +18,7 @@ from zimage_engine.types import (
     GenerationReport,
     GenerationRequest,
     GenerationResult,
+    LoraUse,
     ModelDescription,
     Notice,
     OnStep,
@@ -28,6 +29,7 @@ from zimage_engine.types import (
 if TYPE_CHECKING:
     from zimage_engine.engine import Engine
     from zimage_engine.loading.adapter import ModelLoaderAdapter
+    from zimage_engine.loading.lora_weight import LoraWeight
 
 __all__ = [
     "DeviceStatus",
@@ -36,6 +38,8 @@ __all__ = [
     "GenerationReport",
     "GenerationRequest",
     "GenerationResult",
+    "LoraUse",
+    "LoraWeight",
     "ModelDescription",
     "ModelLoaderAdapter",
     "Notice",
@@ -46,6 +50,7 @@ __all__ = [
 
 _FOUND_ON_FIRST_USE = {
     "Engine": "zimage_engine.engine",
+    "LoraWeight": "zimage_engine.loading.lora_weight",
     "ModelLoaderAdapter": "zimage_engine.loading.adapter",
 }
 

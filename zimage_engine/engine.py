@@ -6,30 +6,48 @@ result = engine.generate(GenerationRequest(prompt="a red circle on a white backg
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zimage_engine import quality
 from zimage_engine.families import ModelFamily
 from zimage_engine.loading.adapter import ModelLoaderAdapter
 from zimage_engine.loading.describe import describe, max_tokens
+from zimage_engine.loading.lora import replace_loras
+from zimage_engine.loading.lora_layouts import check_loras
+from zimage_engine.loading.lora_weight import LoraWeight
 from zimage_engine.memory.snapshot import available_devices, choose_device, device_clock, device_status
 from zimage_engine.prompts import enhancer
 from zimage_engine.prompts.tokens import token_counter
-from zimage_engine.sampling.pipeline import DrawnPicture, PromptEmbeddings, draw, encode_prompts
+from zimage_engine.refiner import refine
+from zimage_engine.sampling.control import DrawingControl
+from zimage_engine.sampling.pipeline import DrawnPicture, GuardedPipeline, PromptEmbeddings
 from zimage_engine.sampling.plan import SamplingPlan, resolve
+from zimage_engine.sampling.told import guard_notices
 from zimage_engine.types import (
     DeviceStatus,
     EnhancedPrompt,
     GenerationReport,
     GenerationRequest,
     GenerationResult,
+    GuardAttempt,
+    GuardTrip,
+    LoraUse,
     ModelDescription,
+    Notice,
     OnStep,
     PictureReport,
     StepProgress,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
 
 #: The model that comes with the package, and what it is called.
 DEMO_MODEL_PATH = Path(__file__).parent / "demo" / "model"
@@ -48,6 +66,8 @@ class Engine:
         self.description: ModelDescription = describe(pipeline, family, model_id, device)
         self._max_tokens = max_tokens(pipeline, family)
         self._clock = device_clock(device)
+        self._guarded = GuardedPipeline(pipeline, family, self._clock)
+        self._loras: tuple[LoraUse, ...] = ()
         tokenizer_json = self.description.tokenizer_json
         self._count_tokens = token_counter(tokenizer_json) if tokenizer_json else None
 
@@ -59,37 +79,79 @@ class Engine:
         *,
         family: str | None = None,
         base: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        loras: Sequence[LoraWeight] = (),
     ) -> Engine:
         """Load a model folder, single file or hub id; None is the demo model that comes with the package.
 
         `family` says what kind of model it is where the files do not; `base` is a folder or hub id that
-        supplies what a single file lacks.
+        supplies what a single file lacks, `text_encoder` and `vae` are folders or files with that one part.
+        `loras` are put on as by `set_loras`.
 
         `device` is "cuda", "cuda:1", "mps" or "cpu"; None takes the best there is, in that order.
         Raises DeviceUnavailable, CheckpointNotFound, UnknownFamily or CheckpointDamaged.
         """
         chosen = choose_device(device, available_devices())
-        adapter = ModelLoaderAdapter(DEMO_MODEL_PATH if path_or_id is None else path_or_id, family, base=base)
+        check_loras(loras)
+        adapter = ModelLoaderAdapter(
+            DEMO_MODEL_PATH if path_or_id is None else path_or_id,
+            family,
+            base=base,
+            text_encoder=text_encoder,
+            vae=vae,
+        )
         pipeline = adapter.load().to(chosen)
-        return cls(pipeline, adapter.family, _model_id(path_or_id), chosen)
+        engine = cls(pipeline, adapter.family, _model_id(path_or_id), chosen)
+        engine.set_loras(loras)
+        return engine
+
+    @property
+    def loras(self) -> tuple[LoraUse, ...]:
+        """The LoRAs in force, in the order in which they were given."""
+        return self._loras
+
+    def set_loras(self, loras: Sequence[LoraWeight]) -> tuple[LoraUse, ...]:
+        """Put `loras` on in place of those that are on; all of them or, on an error, none.
+
+        An empty sequence takes all off: the next picture is bit for bit that of an engine that never had any.
+        Raises CheckpointNotFound or CheckpointDamaged where a file does not fit the model whole.
+        """
+        check_loras(loras)
+        reports = replace_loras(self.pipeline, loras)
+        self._loras = tuple(
+            LoraUse(lora.path.name, lora.weight, report.adapted_modules)
+            for lora, report in zip(loras, reports, strict=True)
+        )
+        return self._loras
 
     def device_status(self) -> DeviceStatus:
         """What the device is called and how much of its memory is used now."""
         return device_status(self.description.device)
 
-    def generate(self, request: GenerationRequest, on_step: OnStep | None = None) -> GenerationResult:
+    def generate(
+        self,
+        request: GenerationRequest,
+        on_step: OnStep | None = None,
+        control: DrawingControl | None = None,
+    ) -> GenerationResult:
         """Draw the pictures of `request`, one after another.
 
         Picture i is bit for bit the one that `seed + i` draws alone. `on_step` is called after each step, in
-        this thread; what it raises ends the drawing and comes out here, and the engine stays usable.
-        Raises InvalidRequest or InvalidSize before anything is drawn.
+        this thread; what it raises ends the drawing and comes out here. `control` does the same and more: it
+        cancels from another thread, sets a deadline, and shows the latents. However a drawing ends, the next
+        one is as from a fresh engine.
+        Raises InvalidRequest or InvalidSize before anything is drawn, GuardExhausted where a value that is
+        not finite came back whatever was tried, GenerationCancelled or DeadlineExceeded when told to stop.
         """
         started = time.perf_counter()
         plan = resolve(request, self.description)
         enhancement = self._enhance(plan, request.enhance)
         plan = plan.with_prompts(enhancement)
-        embeddings = encode_prompts(self.pipeline, plan, self._max_tokens, self._clock)
-        pictures = [self._draw(plan, embeddings, index, on_step) for index in range(len(plan.seeds))]
+        reins = _Reins(control or DrawingControl(), on_step, plan)
+        reins.check()
+        embeddings = self._guarded.encode(plan, self._max_tokens)
+        pictures = [self._draw(plan, embeddings, index, reins) for index in range(len(plan.seeds))]
         images = [picture.image for picture in pictures]
         return GenerationResult(images, self._report(plan, enhancement, embeddings, pictures, started))
 
@@ -103,36 +165,73 @@ class Engine:
             token_limit=self.description.token_limit,
         )
 
-    def _draw(
-        self, plan: SamplingPlan, embeddings: PromptEmbeddings, index: int, on_step: OnStep | None
-    ) -> DrawnPicture:
-        def step_ended(step: int) -> None:
-            if on_step is not None:
-                on_step(StepProgress(index + 1, len(plan.seeds), step, plan.steps))
+    def _draw(self, plan: SamplingPlan, embeddings: PromptEmbeddings, index: int, reins: _Reins) -> _Finished:
+        """One picture, refined where the plan says so."""
+        drawn, looks = self._drawn_twice_if_wrong(plan, embeddings, index, reins)
+        notices = (*guard_notices(drawn.trace, plan.guidance_scale), *looks)
+        for notice in notices:
+            logger.warning("seed %d: %s", plan.seeds[index], notice.message)
+        if not plan.refine:
+            return _Finished(drawn, drawn.image, notices, 0.0)
+        refined = refine(drawn.image)
+        return _Finished(drawn, refined.image, notices, refined.seconds)
 
-        return draw(self.pipeline, plan, embeddings, plan.seeds[index], self._clock, step_ended)
+    def _drawn_twice_if_wrong(
+        self, plan: SamplingPlan, embeddings: PromptEmbeddings, index: int, reins: _Reins
+    ) -> tuple[DrawnPicture, tuple[Notice, ...]]:
+        """A picture that looks wrong though nothing was found is drawn once more in float32.
+
+        If that comes out the same it may be what was asked for, and is returned with notices that say how it
+        looks. The steps of the second drawing are not told: they are the same steps of the same picture.
+        """
+        seed = plan.seeds[index]
+        picture = self._guarded.draw(plan, embeddings, seed, reins.check, reins.of_picture(index))
+        looks = quality.notices(quality.measure(picture.image))
+        if not looks or self._guarded.is_float32:
+            return picture, looks
+        again = self._guarded.draw(plan, embeddings, seed, reins.check, lambda *_: None, in_float32=True)
+        looks_again = quality.notices(quality.measure(again.image))
+        same = [notice.code for notice in looks_again] == [notice.code for notice in looks]
+        attempt = GuardAttempt(
+            "float32",
+            "failed" if same else "recovered",
+            again.denoise_seconds + again.decode_seconds,
+            "it came out the same, so it may be what was asked for" if same else "",
+        )
+        kept = picture if same else again
+        trip = GuardTrip("picture", None, looks[0].code, (attempt,))
+        kept = replace(
+            kept,
+            denoise_seconds=picture.denoise_seconds + again.denoise_seconds,
+            decode_seconds=picture.decode_seconds + again.decode_seconds,
+            trace=replace(kept.trace, trips=(*kept.trace.trips, trip)),
+        )
+        return kept, looks if same else looks_again
 
     def _report(
         self,
         plan: SamplingPlan,
         enhancement: EnhancedPrompt,
         embeddings: PromptEmbeddings,
-        pictures: list[DrawnPicture],
+        pictures: list[_Finished],
         started: float,
     ) -> GenerationReport:
-        """What happened. The prompts are encoded once, so the first picture's report carries that time."""
+        """What happened. The first picture's report carries what encoding the prompts took, and its trips."""
         model = self.description
-        encode_seconds = [embeddings.encode_seconds, *[0.0] * (len(pictures) - 1)]
+        others = len(pictures) - 1
+        encoding = [(embeddings.encode_seconds, embeddings.trips), *[(0.0, ())] * others]
         reports = tuple(
             PictureReport(
                 seed=seed,
-                seconds=encoding + picture.denoise_seconds + picture.decode_seconds,
-                encode_seconds=encoding,
-                denoise_seconds=picture.denoise_seconds,
-                decode_seconds=picture.decode_seconds,
-                warnings=quality.notices(quality.measure(picture.image)),
+                seconds=encode_seconds + picture.seconds,
+                encode_seconds=encode_seconds,
+                denoise_seconds=picture.drawn.denoise_seconds,
+                decode_seconds=picture.drawn.decode_seconds,
+                refine_seconds=picture.refine_seconds,
+                warnings=picture.notices,
+                guard=replace(picture.drawn.trace, trips=(*trips, *picture.drawn.trace.trips)),
             )
-            for seed, picture, encoding in zip(plan.seeds, pictures, encode_seconds, strict=True)
+            for seed, picture, (encode_seconds, trips) in zip(plan.seeds, pictures, encoding, strict=True)
         )
         return GenerationReport(
             model=model.id,
@@ -150,7 +249,41 @@ class Engine:
             seconds=time.perf_counter() - started,
             pictures=reports,
             warnings=plan.warnings + embeddings.warnings,
+            loras=self._loras,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """A picture as it is handed over, and how it came about; `refine_seconds` 0: it was not refined."""
+
+    drawn: DrawnPicture
+    image: Image = field(repr=False)
+    notices: tuple[Notice, ...]
+    refine_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.drawn.denoise_seconds + self.drawn.decode_seconds + self.refine_seconds
+
+
+class _Reins:
+    """A request's control and callback as the drawing of its pictures takes them."""
+
+    def __init__(self, control: DrawingControl, on_step: OnStep | None, plan: SamplingPlan) -> None:
+        self.check = control.check
+        self._control = control
+        self._on_step = on_step
+        self._plan = plan
+
+    def of_picture(self, index: int) -> Callable[[int, Any], None]:
+        def stepped(step: int, latents: Any) -> None:
+            progress = StepProgress(index + 1, len(self._plan.seeds), step, self._plan.steps)
+            if self._on_step is not None:
+                self._on_step(progress)
+            self._control.stepped(progress, latents)
+
+        return stepped
 
 
 def _model_id(path_or_id: str | Path | None) -> str:

@@ -3,6 +3,7 @@
     EngineError
     +-- InvalidRequest            the caller can mend it; `parameter` names the field
     |   +-- InvalidSize
+    |   +-- DtypeRefused          the checkpoint would overflow in the dtype asked for
     +-- CheckpointError           the files cannot be used as they are
     |   +-- CheckpointNotFound
     |   +-- UnknownFamily
@@ -11,6 +12,9 @@
     |   +-- DownloadIncomplete
     +-- CacheFull                 no room on the disk for a repaired view
     +-- GenerationCancelled       stopped on request
+    |   +-- DeadlineExceeded      stopped because its time was over
+    +-- GuardExhausted            a bad value came back whatever was tried; there is no picture
+    +-- ScheduleInvalid           the scheduler's timesteps cannot be drawn with
     +-- DeviceUnavailable
 
 Fields are positional, because exceptions travel between processes pickled, and a keyword-only
@@ -18,6 +22,11 @@ field does not survive that. Messages are sentences: expected, got, what to do.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zimage_engine.types import GuardTrip
 
 
 class EngineError(Exception):
@@ -38,6 +47,10 @@ class InvalidRequest(EngineError):
 
 class InvalidSize(InvalidRequest):
     """Width or height does not fit the model's grid."""
+
+
+class DtypeRefused(InvalidRequest):
+    """The checkpoint is not known to draw in the dtype that was asked for."""
 
 
 class CheckpointError(EngineError):
@@ -70,6 +83,29 @@ class CacheFull(EngineError):
 
 class GenerationCancelled(EngineError):
     """The drawing was stopped on request before it was done."""
+
+
+class DeadlineExceeded(GenerationCancelled):
+    """The drawing was not done when its time was over."""
+
+
+class GuardExhausted(EngineError):
+    """A bad value (not finite, or absurdly large) came back whatever was tried; there is no picture.
+
+    `trips` are all that the guard met on the way, the last the one that nothing helped against.
+    """
+
+    def __init__(self, message: str, trips: tuple[GuardTrip, ...] = ()) -> None:
+        super().__init__(message, trips)
+        self.message = message
+        self.trips = trips
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ScheduleInvalid(EngineError):
+    """The scheduler gave timesteps that are not finite, do not fall, or leave the range it was trained on."""
 
 
 class DeviceUnavailable(EngineError):

@@ -20,6 +20,7 @@ class GenerationRequest:
 
     `width` and `height` are pixels. `guidance_scale` is the conventional w: 1 (or 0) is off.
     Picture i of `n` is drawn from `seed + i`, so that each can be drawn again on its own.
+    `refine` strengthens fine detail of the finished picture; None means where `enhance` is on.
     """
 
     prompt: str
@@ -31,6 +32,7 @@ class GenerationRequest:
     seed: int | None = None
     n: int = 1
     enhance: bool = True
+    refine: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,53 @@ OnStep = Callable[[StepProgress], None]
 
 
 @dataclass(frozen=True, slots=True)
+class GuardAttempt:
+    """One measure against a bad value: which, how it ended ("recovered", "failed", "skipped"), and why."""
+
+    rung: str
+    outcome: str
+    seconds: float
+    because: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GuardTrip:
+    """A bad value that was found, and what was done about it.
+
+    `stage` is "encode", "denoise" or "decode"; `step` counts from 1, None where there are no steps;
+    `finding` is "nan", "inf" or "out of range".
+    """
+
+    stage: str
+    step: int | None
+    finding: str
+    attempts: tuple[GuardAttempt, ...] = ()
+
+    @property
+    def recovered_by(self) -> str | None:
+        """The rung that helped; None where nothing did."""
+        return next((each.rung for each in self.attempts if each.outcome == "recovered"), None)
+
+
+@dataclass(frozen=True, slots=True)
+class GuardTrace:
+    """What the guard saw while one picture was drawn; no trips is the usual case.
+
+    `clipped_values` counts values of the denoiser's output that were clipped into the family's range.
+    `final_guidance_scale` is the conventional w that the last step was drawn with.
+    """
+
+    trips: tuple[GuardTrip, ...] = ()
+    clipped_values: int = 0
+    final_guidance_scale: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PictureReport:
-    """How one picture was made. Seconds are wall-clock; the stages are what the pipeline spent."""
+    """How one picture was made. Seconds are wall-clock; the stages are what the pipeline spent.
+
+    `refine_seconds` is 0 where the picture was not refined.
+    """
 
     seed: int
     seconds: float
@@ -84,6 +131,17 @@ class PictureReport:
     denoise_seconds: float
     decode_seconds: float
     warnings: tuple[Notice, ...] = ()
+    refine_seconds: float = 0.0
+    guard: GuardTrace = field(default_factory=GuardTrace)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraUse:
+    """A LoRA that was in force: its file's name, how strongly it acted, how many modules it adapted."""
+
+    name: str
+    weight: float
+    adapted_modules: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +167,7 @@ class GenerationReport:
     seconds: float
     pictures: tuple[PictureReport, ...]
     warnings: tuple[Notice, ...] = ()
+    loras: tuple[LoraUse, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values that `json.dumps` takes."""

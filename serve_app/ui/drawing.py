@@ -29,6 +29,7 @@ class Asked:
     prompt: str
     negative_prompt: str
     enhance: bool
+    refine: bool
     size: str
     steps: float
     guidance_scale: float
@@ -111,6 +112,7 @@ def request_from(asked: Asked, description: ModelDescription) -> GenerationReque
         guidance_scale=round(asked.guidance_scale, 2),
         seed=_seed(asked),
         enhance=asked.enhance,
+        refine=asked.enhance and asked.refine,
     )
 
 

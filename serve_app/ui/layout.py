@@ -29,6 +29,7 @@ class Controls:
     prompt: Any
     negative_prompt: Any
     enhance: Any
+    refine: Any
     size: Any
     steps: Any
     guidance_scale: Any
@@ -42,6 +43,7 @@ class Controls:
             self.prompt,
             self.negative_prompt,
             self.enhance,
+            self.refine,
             self.size,
             self.steps,
             self.guidance_scale,
@@ -115,6 +117,9 @@ def lay_out() -> tuple[Controls, Board]:
             enhance = gr.Checkbox(
                 True, label=i18n("enhance"), info=i18n("enhance_hint"), container=True, elem_id="enhance"
             )
+            refine = gr.Checkbox(
+                True, label=i18n("refine"), info=i18n("refine_hint"), container=True, elem_id="refine"
+            )
             negative_prompt = gr.Textbox(
                 label=i18n("negative"),
                 placeholder=i18n("negative_hint"),
@@ -149,7 +154,9 @@ def lay_out() -> tuple[Controls, Board]:
                 elem_id="guidance",
             )
     locale = gr.Textbox(visible=False)
-    controls = Controls(prompt, negative_prompt, enhance, size, steps, guidance_scale, seed, generate, locale)
+    controls = Controls(
+        prompt, negative_prompt, enhance, refine, size, steps, guidance_scale, seed, generate, locale
+    )
     board = Board(
         status,
         badge,

@@ -35,6 +35,10 @@ LABELS: dict[str, Text] = {
     "enhance_hint": Text(
         "Adds words for quality, and what to avoid.", "补上描述画质的词，以及要避免的内容。"
     ),
+    "refine": Text("Strengthen fine detail", "强化细节"),
+    "refine_hint": Text(
+        "Works with “Enhance”; even areas stay as they are.", "与“润色”同时起作用；平滑区域保持不变。"
+    ),
     "negative": Text("What to avoid", "不要出现"),
     "negative_hint": Text("for example: blurry, text", "例如：模糊，文字"),
     "size": Text("Size", "尺寸"),
@@ -100,6 +104,13 @@ NOTICES_IN_CHINESE: dict[str, str] = {
     "negative_prompt_truncated": "“不要出现”的内容太长，模型读不完，末尾的部分被略去了。请缩短。",
     "picture_black": "这张图全黑了。请换一个种子或降低引导强度再试。",
     "picture_flat": "这张图只有一种颜色。请换一个种子或改写提示词再试。",
+    "picture_black_borders": "这张图的边缘有黑边。请换一个种子再试。",
+    "picture_blocks": "这张图有几处被纯色方块盖住了。请换一个种子再试。",
+    "guard_recovered": "绘制途中出现了异常数值，已自动恢复，详情见报告。",
+    "guidance_lowered": "绘制途中数值溢出，引导强度已自动调低。请使用较低的引导强度或换一个种子。",
+    "values_clipped": "绘制途中有数值超出正常范围，已被截断，画面可能受影响。",
+    "picture_redrawn": "第一次画出的图看起来不对，已用 float32 重画，这里显示的是重画的结果。",
+    "picture_noise": "这张图布满噪点，像是没有画完。请换一个种子或增加步数再试。",
 }
 REFUSALS_IN_CHINESE: dict[str, str] = {
     "invalid_value": "有一项设置无法使用：",
@@ -107,6 +118,9 @@ REFUSALS_IN_CHINESE: dict[str, str] = {
     "model_not_ready": "模型还没有准备好，请过几秒再试。",
     "worker_lost": "绘图进程意外停止，正在重新启动。请再试一次；如果图片很大，请缩小尺寸。",
     "cancelled": "绘制在完成前被停止了，请再试一次。",
+    "deadline_exceeded": "没能在规定的时间内画完。请减少步数、缩小尺寸，或延长时间。",
+    "guard_exhausted": "绘制途中反复出现异常数值，无法恢复，因此没有出图。请换种子或提示词，并检查模型文件。",
+    "schedule_invalid": "模型的调度器配置有误，无法绘制。请换一个步数，或检查模型文件。",
     "device_unavailable": "绘图设备不可用。",
     "engine_error": "服务器在画这张图时出了问题，详情见服务器日志。",
     "internal_error": "服务器在画这张图时出了问题，提示词没有问题。详情见服务器日志。",

@@ -162,6 +162,25 @@ def pickled(component: str | None = None, wrapper: str = "") -> Damage:
     return damage
 
 
+def averaged(wrapper: str = "state_dict_ema") -> Damage:
+    """A training checkpoint: the weights as their moving average, beside plain ones of other values."""
+
+    def damage(folder: Path) -> Path:
+        place = denoiser_folder(folder)
+        tensors = weights(place)
+        rewrite(place, tensors, stock_name(place, ".bin"))
+        plain = {name: tensor * 0.9 for name, tensor in tensors.items()}
+        torch.save({"state_dict": plain, wrapper: tensors}, place / stock_name(place, ".bin"))
+        return folder
+
+    return damage
+
+
+def without_denoiser_config(folder: Path) -> Path:
+    (denoiser_folder(folder) / "config.json").unlink()
+    return folder
+
+
 def variant_only(variant: str, *components: str) -> Damage:
     def damage(folder: Path) -> Path:
         for component in components or [child.name for child in folder.iterdir() if child.is_dir()]:
@@ -320,7 +339,7 @@ def _prefixed(tensors: Tensors, prefix: str, fp8: str) -> Tensors:
 def sdxl_single_file(folder: Path) -> Path:
     """One file as the maker's own code writes it: unet, VAE, both text encoders; the folder stays as base."""
     parts = {
-        "model.diffusion_model.": ldm_unet(weights(folder / "unet"), layers_per_block=1),
+        "model.diffusion_model.": ldm_unet(weights(folder / "unet"), _layers(folder / "unet")),
         "first_stage_model.": ldm_vae(weights(folder / "vae"), levels=_levels(folder / "vae")),
         "conditioner.embedders.0.transformer.text_model.": weights(folder / "text_encoder"),
         "conditioner.embedders.1.model.": open_clip(weights(folder / "text_encoder_2")),
@@ -335,9 +354,14 @@ def _levels(vae: Path) -> int:
     return len(json.loads((vae / "config.json").read_text(encoding="utf-8"))["block_out_channels"])
 
 
+def _layers(unet: Path) -> int:
+    return json.loads((unet / "config.json").read_text(encoding="utf-8"))["layers_per_block"]
+
+
 def ldm_unet_layout(folder: Path) -> Path:
     place = folder / "unet"
-    rewrite(place, {f"model.diffusion_model.{n}": t for n, t in ldm_unet(weights(place), 1).items()})
+    tensors = ldm_unet(weights(place), _layers(place))
+    rewrite(place, {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()})
     return folder
 
 

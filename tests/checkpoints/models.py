@@ -30,6 +30,11 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "z-image-base": _write_z_image_base,
     "sdxl": tiny.write_tiny_sdxl,
     "sdxl-lcm": partial(tiny.write_tiny_sdxl, lcm=True),
+    "sdxl-turbo": partial(tiny.write_tiny_sdxl, turbo=True),
+    "sdxl-mini": partial(tiny.write_tiny_sdxl, unet=tiny.REDUCED_UNETS["nested"]),
+    "sdxl-mini-lcm": partial(tiny.write_tiny_sdxl, lcm=True, unet=tiny.REDUCED_UNETS["nested"]),
+    "sdxl-no-middle": partial(tiny.write_tiny_sdxl, unet=tiny.REDUCED_UNETS["no-middle"]),
+    "sdxl-no-middle-lcm": partial(tiny.write_tiny_sdxl, lcm=True, unet=tiny.REDUCED_UNETS["no-middle"]),
     "pixart-alpha": partial(tiny.write_tiny_pixart, kind="alpha"),
     "pixart-alpha-1024": partial(tiny.write_tiny_pixart, kind="alpha-1024"),
     "pixart-sigma": partial(tiny.write_tiny_pixart, kind="sigma"),
@@ -44,7 +49,8 @@ def damaged(case: Case, healthy: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def adapter_for(case: Case, path: Path, folder: Path, cache_folder: Path) -> ModelLoaderAdapter:
-    return ModelLoaderAdapter(path, base=folder if case.base else None, cache_folder=cache_folder)
+    base = folder if case.base else None
+    return ModelLoaderAdapter(path, family=case.family or None, base=base, cache_folder=cache_folder)
 
 
 def picture(adapter: ModelLoaderAdapter) -> np.ndarray:

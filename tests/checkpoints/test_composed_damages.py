@@ -11,13 +11,13 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoints.cases import ANYWHERE
+from tests.checkpoints.cases import COMMON, RARE, SOME_MODELS
 from tests.checkpoints.models import picture
 from zimage_engine import ModelLoaderAdapter
 from zimage_engine.errors import CheckpointError
 
 #: Those that change a folder in place and keep every value, or are refused.
-DAMAGES = {name: damage for name, damage, facts in ANYWHERE if "and" not in name.split("-")}
+DAMAGES = {name: damage for name, damage, _ in (*COMMON, *RARE) if name != "compiled-and-parallel"}
 
 
 @settings(
@@ -27,7 +27,7 @@ DAMAGES = {name: damage for name, damage, facts in ANYWHERE if "and" not in name
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
-    model=st.sampled_from(["z-image", "sdxl", "pixart-sigma"]),
+    model=st.sampled_from(SOME_MODELS),
     names=st.lists(st.sampled_from(sorted(DAMAGES)), min_size=2, max_size=4, unique=True),
 )
 def test_no_mixture_of_damages_changes_the_picture_in_silence(healthy, model: str, names: list[str]) -> None:

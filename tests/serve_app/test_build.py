@@ -8,6 +8,7 @@ import pytest
 
 from serve_app.app import build, gpus_for_a_worker
 from serve_app.settings import load_settings
+from zimage_engine.loading.lora_weight import LoraWeight
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,13 @@ def test_a_worker_takes_a_gpu_where_there_is_one(
 def test_the_settings_reach_serve_as_its_options(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_model.parent)
     settings = load_settings(
-        model=tiny_model.name, num_gpus=1, num_replicas=3, max_queued_requests=7, worker_cpus=2
+        model=tiny_model.name,
+        vae=f"{tiny_model.name}/vae",
+        loras=["style.safetensors=0.8"],
+        num_gpus=1,
+        num_replicas=3,
+        max_queued_requests=7,
+        worker_cpus=2,
     )
     ingress = build(settings)._bound_deployment
     worker = ingress.init_args[0]._bound_deployment
@@ -42,6 +49,9 @@ def test_the_settings_reach_serve_as_its_options(tiny_model: Path, monkeypatch: 
     options = worker.ray_actor_options
     assert (options["num_cpus"], options["num_gpus"]) == (2, 1)
     assert options["runtime_env"]["env_vars"] == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    assert worker.init_args[0].model == str(tiny_model), "the worker runs in another directory"
+    chosen = worker.init_args[0]
+    assert chosen.model == str(tiny_model), "the worker runs in another directory"
+    assert chosen.vae == str(tiny_model / "vae")
+    assert chosen.loras == (LoraWeight(tiny_model.parent / "style.safetensors", 0.8),)
     assert ingress.ray_actor_options["num_cpus"] == 0
     assert ingress.max_ongoing_requests >= 200, "each open page holds a stream of events"

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from serve_app import cli, terminal
 from serve_app.image_codec import ImageEncoding
 from tests.stand_in_hub import StandInHub
+from tests.zimage_engine.tiny_models.lora import write_lora
 from zimage_engine.engine import DEMO_MODEL_PATH
 from zimage_engine.errors import InvalidRequest
 
@@ -123,8 +124,18 @@ def test_what_cannot_be_written_or_read_is_refused_before_a_model_is_loaded(
         (["--model", "/no/such/model"], cli.EXIT_FAILED, "/no/such/model"),
         (["--device", "abacus"], cli.EXIT_FAILED, "abacus"),
         (["--size", "100x256"], cli.EXIT_INVALID_INPUT, r"width .* multiple of 32, got 100.* 96 and 128"),
-        (["--steps", "0"], cli.EXIT_INVALID_INPUT, "num_inference_steps"),
-        (["--guidance", "nan"], cli.EXIT_INVALID_INPUT, "guidance_scale"),
+        (["--size", "256x100"], cli.EXIT_INVALID_INPUT, r": the height of --size must be a multiple of 32"),
+        (["--steps", "0"], cli.EXIT_INVALID_INPUT, r": --steps must be from 1 to 100, got 0"),
+        (["--guidance", "nan"], cli.EXIT_INVALID_INPUT, r": --guidance must be from 0 to 20"),
+        (["--negative", "a" * 99999], cli.EXIT_INVALID_INPUT, r": --negative must have at most"),
+        (["--family", "sdxxl"], cli.EXIT_FAILED, r"no family 'sdxxl'; supported are: .*sdxl"),
+        (["--base", "/no/base"], cli.EXIT_FAILED, "nothing at '/no/base'"),
+        (["--text-encoder", "/no/text"], cli.EXIT_FAILED, "nothing at '/no/text'"),
+        (["--vae", "/no/vae"], cli.EXIT_FAILED, "nothing at '/no/vae'"),
+        (["--lora", "/no/lora.safetensors=0.5"], cli.EXIT_FAILED, r"no LoRA at /no/lora\.safetensors;"),
+        (["--lora", "/no/lora=0,5"], cli.EXIT_FAILED, "'0,5' is no number"),
+        (["--lora", "/no/lora=inf"], cli.EXIT_INVALID_INPUT, "weight of a LoRA must be a finite number"),
+        (["--lora", str(DEMO_MODEL_PATH / "vae")], cli.EXIT_FAILED, "may be a whole model"),
     ],
 )
 def test_what_the_engine_refuses_is_one_sentence_and_the_old_file_stays(
@@ -170,6 +181,59 @@ def test_pictures_are_numbered_carry_their_settings_and_can_be_drawn_again(tmp_p
     with Image.open(tmp_path / "circle-2.png") as second, Image.open(tmp_path / "again.png") as again:
         assert second.tobytes() == again.tobytes()
         assert second.size == again.size == (256, 256)
+
+
+def test_loras_are_drawn_with_and_told(tmp_path: Path) -> None:
+    style = write_lora(DEMO_MODEL_PATH, tmp_path / "style=2.safetensors", seed=1)
+    touch = write_lora(DEMO_MODEL_PATH, tmp_path / "touch.safetensors", seed=2)
+    command = ("generate", "a red circle", "--size", "64x64", "--seed", "7", "--no-enhance", *QUICK)
+    plain = run(*command, "-o", str(tmp_path / "plain.png"))
+    options = ("--lora", str(style), "--lora", f"{touch}=-0.5")
+    styled = run(*command, *options, "-o", str(tmp_path / "styled.png"), "--json")
+    assert styled.exit_code == plain.exit_code == 0, styled.stderr
+    told = [(lora["name"], lora["weight"]) for lora in json.loads(styled.stdout)["loras"]]
+    assert told == [("style=2.safetensors", 1.0), ("touch.safetensors", -0.5)]
+    text = text_of(tmp_path / "styled.png")
+    assert re.search(
+        r'Lora 1: "<lora:style=2:1>, \d+ modules", Lora 2: "<lora:touch:-0.5>, \d+ modules"$', text
+    )
+    assert "lora" not in text_of(tmp_path / "plain.png").lower()
+    with Image.open(tmp_path / "plain.png") as one, Image.open(tmp_path / "styled.png") as other:
+        assert one.tobytes() != other.tobytes()
+
+
+def test_a_lora_as_the_model_is_refused_with_advice(tmp_path: Path) -> None:
+    style = write_lora(DEMO_MODEL_PATH, tmp_path / "style.safetensors")
+    drawn = run("generate", "a star", "-o", str(tmp_path / "star.png"), "--model", str(style))
+    started = run("launch", "--model", str(style))
+    for result in (drawn, started):
+        assert_one_sentence(result, cli.EXIT_FAILED)
+        assert f"{style} is a LoRA and no model" in result.stderr
+        assert f"--lora {style}" in result.stderr
+
+
+def test_inspect_says_what_a_lora_is_and_how_it_is_used(tmp_path: Path) -> None:
+    style = write_lora(DEMO_MODEL_PATH, tmp_path / "style.safetensors", modules=("to_q",))
+    result = run("inspect", str(style))
+    assert result.exit_code == 0, result.stderr
+    for said in ("a LoRA", "rank 4", "PEFT, diffusers", "made for Z-Image", f"--lora {style}=1.0"):
+        assert said in result.stdout
+    fitting = run("inspect", str(style), "--base", str(DEMO_MODEL_PATH))
+    assert re.search(rf"fits {DEMO_MODEL_PATH}: adapts \d+ of its modules", fitting.stdout)
+    facts = json.loads(run("inspect", str(style), "--base", str(DEMO_MODEL_PATH), "--json").stdout)
+    assert (facts["kind"], facts["usable"], facts["ranks"]) == ("lora", True, [4])
+    assert facts["adapted_modules"] == facts["pairs"] > 0
+
+
+def test_inspect_says_why_a_lora_cannot_be_used(tmp_path: Path) -> None:
+    style = write_lora(DEMO_MODEL_PATH, tmp_path / "style.safetensors")
+    style.write_bytes(style.read_bytes()[:-1])
+    result = run("inspect", str(style))
+    assert result.exit_code == 1
+    assert re.match(r"Could not be used as a LoRA: .*style\.safetensors", result.stdout)
+    told = run("inspect", str(style), "--json")
+    facts = json.loads(told.stdout)
+    assert (told.exit_code, facts["kind"], facts["usable"]) == (1, "lora", False)
 
 
 def test_the_ending_chooses_the_format_and_options_reach_the_engine(tmp_path: Path) -> None:
@@ -312,6 +376,8 @@ def test_a_long_download_says_in_a_log_how_far_it_is(tmp_path: Path, monkeypatch
 WRONG_LAUNCH = [
     (["--port", "70000"], r"port.*70000"),
     (["--host", "0.0.0.0"], r"api_key"),
+    (["--replicas", "0"], r": --replicas: input should be greater"),
+    (["--lora", "a=nan"], r"weight of a LoRA must be a finite number, got nan for a;"),
     (["--config", "no-such.yaml"], r"--config must name a YAML file"),
     (["--config", "slip.yaml"], r"no setting prot; did you mean port\?"),
 ]
@@ -329,6 +395,32 @@ def test_launch_refuses_wrong_settings_before_anything_starts(
     assert re.search(sentence, result.stderr), result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--model", "/no/model"], "nothing at '/no/model'"),
+        (["--vae", "/no/vae"], "nothing at '/no/vae'"),
+        (["--text-encoder", "/no/text", "--model", "owner/name"], "nothing at '/no/text'"),
+        (["--base", "/no/base"], "nothing at '/no/base'"),
+        (["--lora", "/no/lora.safetensors=0.5"], r"no LoRA at /no/lora\.safetensors;"),
+        (["--lora", str(DEMO_MODEL_PATH / "vae")], "may be a whole model"),
+        (["--family", "sdxxl"], "no family 'sdxxl'"),
+    ],
+)
+def test_launch_refuses_files_that_no_worker_could_load_before_ray_is_started(
+    options: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", never)
+    result = run("launch", *options)
+    assert_one_sentence(result, cli.EXIT_FAILED)
+    assert re.search(sentence, result.stderr), result.stderr
+
+
 def test_launch_puts_options_over_the_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from serve_app.settings import Settings
 
@@ -342,6 +434,19 @@ def test_launch_puts_options_over_the_config_file(tmp_path: Path, monkeypatch: p
     (settings,) = started
     assert (settings.port, settings.num_replicas, settings.max_queued_requests) == (7952, 2, 5)
     assert (settings.device, settings.ui, settings.host) == ("cpu", False, "127.0.0.1")
+
+
+def test_launch_hands_over_what_the_model_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve_app.settings import Settings
+
+    started: list[Settings] = []
+    monkeypatch.setattr(import_module("serve_app.app"), "launch", started.append)
+    options = ("--family", "z-image", "--base", "b", "--text-encoder", "t", "--vae", "v")
+    result = run("launch", *options, "--lora", "one=0.5", "--lora", "two")
+    assert result.exit_code == 0, result.stderr
+    (settings,) = started
+    assert (settings.family, settings.base, settings.text_encoder, settings.vae) == ("z-image", "b", "t", "v")
+    assert [(str(lora.path), lora.weight) for lora in settings.loras] == [("one", 0.5), ("two", 1.0)]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from serve_app.image_codec import (
     read_parameters,
 )
 from zimage_engine.errors import InvalidRequest
+from zimage_engine.types import LoraUse
 
 FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 FACTS = PictureFacts(
@@ -141,6 +142,16 @@ def test_a_models_name_cannot_break_the_line_of_settings(model: str) -> None:
 @pytest.mark.parametrize(("guidance", "written"), [(1.0, "1"), (1.8, "1.8"), (2.25, "2.25"), (0.0, "0")])
 def test_guidance_is_written_without_idle_zeros(guidance: float, written: str) -> None:
     assert parse(parameters_text(replace(FACTS, guidance_scale=guidance)))["CFG scale"] == written
+
+
+def test_loras_are_settings_with_the_tag_that_readers_look_for() -> None:
+    loras = (LoraUse("style.safetensors", 0.8, 34), LoraUse("水彩, 2", -1.0, 5))
+    read = parse(parameters_text(replace(FACTS, loras=loras)))
+    assert read == {
+        **parse(parameters_text(FACTS)),
+        "Lora 1": "<lora:style:0.8>, 34 modules",
+        "Lora 2": "<lora:水彩, 2:-1>, 5 modules",
+    }
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from zimage_engine.types import (
     EnhancedPrompt,
     GenerationReport,
     GenerationRequest,
+    LoraUse,
     ModelDescription,
     Notice,
     PictureReport,
@@ -173,6 +174,7 @@ def test_the_response_is_one_that_openais_client_reads() -> None:
             PictureReport(8, 1.0, 0.0, 0.9, 0.1, warnings=(late,)),
         ),
         warnings=(notice,),
+        loras=(LoraUse("style.safetensors", 0.8, 34),),
     )
     wire = parsed(n=2, quality="high")
     body = schema.to_response(wire, ImageEncoding("png"), (b"one", b"two"), report)
@@ -186,6 +188,7 @@ def test_the_response_is_one_that_openais_client_reads() -> None:
     assert (first["seed"], first["steps"], first["guidance"], first["seconds"]) == (7, 3, 1.8, 1.235)
     assert [warning["code"] for warning in first["warnings"]] == ["few_steps"]
     assert [warning["code"] for warning in second["warnings"]] == ["few_steps", "flat"]
+    assert first["loras"] == [{"name": "style.safetensors", "weight": 0.8, "adapted_modules": 34}]
 
 
 def test_every_field_is_described_for_the_docs() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.settings import Settings, SettingsError, is_loopback, load_settings
+from zimage_engine.loading.lora_weight import LoraWeight
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,15 @@ def test_the_environment_is_read_also_when_serve_validates(monkeypatch: pytest.M
         ({"num_replicas": 0}, "setting num_replicas"),
         ({"prot": 7860}, "did you mean port?"),
         ({"colour": "red"}, "known are"),
+        ({"loras": "style.safetensors=nan"}, "must be a finite number, got nan for style.safetensors"),
+        ({"loras": ["style.safetensors=-inf"]}, "must be a finite number"),
+        ({"loras": ["=0.8"]}, "a LoRA is PATH or PATH=WEIGHT"),
+        ({"loras": ["a", 1]}, "setting loras must be a list of PATH or PATH=WEIGHT"),
+        ({"loras": 7}, "setting loras must be a list"),
+        ({"loras": {"a": 0.5}}, "setting loras must be a list"),
+        ({"loras": '["a"'}, "setting loras starts with a bracket but is no JSON list"),
+        ({"loras": "[1]"}, "setting loras must be a list"),
+        ({"vae": 3}, "setting vae"),
         ({"host": "0.0.0.0"}, "there is no api_key"),
         ({"host": "192.168.1.10"}, "ZIMAGE_API_KEY"),
         ({"host": "example.org"}, "there is no api_key"),
@@ -62,6 +72,47 @@ def test_what_cannot_be_used_is_told_in_a_sentence(chosen: dict[str, object], ph
         load_settings(**chosen)
     assert phrase in str(refused.value)
     assert "pydantic" not in str(refused.value)
+
+
+STYLE, TOUCH = LoraWeight(Path("a/style.safetensors"), 0.8), LoraWeight(Path("touch,2.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("given", "loras"),
+    [
+        ([], ()),
+        ("", ()),
+        ("a/style.safetensors=0.8", (STYLE,)),
+        (["a/style.safetensors=0.8", "touch,2.safetensors"], (STYLE, TOUCH)),
+        ('["a/style.safetensors=0.8", "touch,2.safetensors=1"]', (STYLE, TOUCH)),
+        ("a/style.safetensors=0.8, a/style.safetensors=0.8,", (STYLE, STYLE)),
+        ((STYLE, "touch,2.safetensors"), (STYLE, TOUCH)),
+    ],
+)
+def test_loras_are_read_as_they_come(given: object, loras: tuple[LoraWeight, ...]) -> None:
+    assert load_settings(loras=given).loras == loras
+
+
+def test_loras_and_parts_come_from_the_environment_and_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("vae: my/vae\nloras:\n  - a/style.safetensors=0.8\n  - touch,2.safetensors\n", "utf-8")
+    monkeypatch.setenv("ZIMAGE_CONFIG", str(file))
+    monkeypatch.setenv("ZIMAGE_TEXT_ENCODER", "my/text")
+    monkeypatch.setenv("ZIMAGE_FAMILY", "")
+    settings = load_settings(base="my/base")
+    assert (settings.base, settings.text_encoder, settings.vae, settings.family) == (
+        "my/base",
+        "my/text",
+        "my/vae",
+        None,
+    )
+    assert settings.loras == (STYLE, TOUCH)
+    monkeypatch.setenv("ZIMAGE_LORAS", "a/style.safetensors=0.8")
+    assert load_settings().loras == (STYLE,)
+    monkeypatch.setenv("ZIMAGE_LORAS", "")
+    assert load_settings().loras == ()
 
 
 def test_a_misspelt_variable_is_refused_with_the_near_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +142,7 @@ def test_an_open_address_is_fine_with_a_key_and_the_key_is_not_shown() -> None:
 
 
 def test_settings_travel_to_other_processes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = load_settings(port=7005, api_key="swordfish")
+    settings = load_settings(port=7005, api_key="swordfish", loras=["style.safetensors=0.8"])
     monkeypatch.setenv("ZIMAGE_PORT", "7006")
     assert pickle.loads(pickle.dumps(settings)) == settings
 

@@ -55,6 +55,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_z_image(tmp_path_factory.mktemp("models") / "tiny-z-image")
 
 
+@pytest.fixture(scope="module")
+def lora(model: Path) -> Path:
+    from tests.zimage_engine.tiny_models.lora import write_lora
+
+    return write_lora(model, model.parent / "style.safetensors")
+
+
 @contextmanager
 def running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A command with all that it starts, as a context; what it writes goes to `log`."""
@@ -94,35 +101,39 @@ def until_ready(base_url: str, process: subprocess.Popen[bytes], log: Path) -> N
     pytest.fail(log.read_text(encoding="utf-8"))
 
 
-def assert_it_draws(base_url: str) -> None:
+def assert_it_draws(base_url: str, loras: tuple[tuple[str, float], ...] = ()) -> None:
     with httpx.Client(base_url=base_url, timeout=300) as client:
         assert client.get("/v1/models").json()["data"][0]["id"] == "tiny-z-image"
         fields = {"prompt": "a red circle", "num_inference_steps": 2, "size": "64x64"}
         answer = client.post("/v1/images/generations", json=fields)
         assert answer.status_code == 200, answer.text
         assert answer.json()["size"] == "64x64"
+        told = answer.json()["data"][0]["loras"]
+        assert tuple((lora["name"], lora["weight"]) for lora in told) == loras
 
 
-Start = Callable[[Path, dict[str, str]], list[str]]
+Start = Callable[[Path, Path, dict[str, str]], list[str]]
 
 
-def app_with_environment(model: Path, environment: dict[str, str]) -> list[str]:
-    environment |= {"ZIMAGE_MODEL": str(model), "ZIMAGE_UI": "false"}
+def app_with_environment(model: Path, lora: Path, environment: dict[str, str]) -> list[str]:
+    environment |= {"ZIMAGE_MODEL": str(model), "ZIMAGE_UI": "false", "ZIMAGE_LORAS": f"{lora}=0.5"}
     return ["serve_app:app"]
 
 
-def build_with_arguments(model: Path, environment: dict[str, str]) -> list[str]:
-    return ["serve_app:build", f"model={model}", "ui=false"]
+def build_with_arguments(model: Path, lora: Path, environment: dict[str, str]) -> list[str]:
+    return ["serve_app:build", f"model={model}", "ui=false", f"vae={model}/vae", f"loras={lora}=0.5"]
 
 
 @pytest.mark.parametrize("start", [app_with_environment, build_with_arguments])
-def test_serve_run(start: Start, model: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_serve_run(
+    start: Start, model: Path, lora: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
     _skip_where_taken(SERVE_RUN_PORT)
-    command = [str(COMMANDS / "serve"), "run", *start(model, environment)]
+    command = [str(COMMANDS / "serve"), "run", *start(model, lora, environment)]
     log = tmp_path / "serve.log"
     with running(command, environment, log) as process:
         until_ready(f"http://127.0.0.1:{SERVE_RUN_PORT}", process, log)
-        assert_it_draws(f"http://127.0.0.1:{SERVE_RUN_PORT}")
+        assert_it_draws(f"http://127.0.0.1:{SERVE_RUN_PORT}", ((lora.name, 0.5),))
 
 
 def _skip_where_taken(port: int) -> None:

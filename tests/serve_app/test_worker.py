@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -18,8 +19,11 @@ from serve_app.settings import Settings
 from serve_app.worker import ImageWorker
 from serve_app.worker_reply import WorkerReply
 from tests.serve_app.conftest import loaded_worker
+from tests.zimage_engine.tiny_models.lora import write_lora
 from zimage_engine.errors import InvalidSize
-from zimage_engine.types import GenerationRequest, GenerationResult, OnStep, StepProgress
+from zimage_engine.loading.lora_weight import LoraWeight
+from zimage_engine.sampling.control import DrawingControl
+from zimage_engine.types import GenerationRequest, GenerationResult, StepProgress
 
 PNG = ImageEncoding("png")
 REQUEST = GenerationRequest(
@@ -43,10 +47,10 @@ def drawings(worker: ImageWorker, monkeypatch: pytest.MonkeyPatch) -> list[tuple
     spans: list[tuple[float, float]] = []
     generate: Callable[..., GenerationResult] = worker._engine.generate
 
-    def timed(request: GenerationRequest, on_step: OnStep) -> GenerationResult:
+    def timed(request: GenerationRequest, control: DrawingControl) -> GenerationResult:
         began = time.monotonic()
         try:
-            return generate(request, on_step)
+            return generate(request, control=control)
         finally:
             spans.append((began, time.monotonic()))
 
@@ -64,6 +68,22 @@ async def test_pictures_come_as_files_with_what_was_asked(
         assert Image.open(io.BytesIO(file)).size == (64, 64)
         parameters = read_parameters(file)
         assert parameters is not None and f"Seed: {seed}" in parameters
+
+
+async def test_loras_of_the_settings_act_and_are_told(
+    worker: ImageWorker, settings: Settings, tiny_model: Path, tmp_path: Path
+) -> None:
+    file = write_lora(tiny_model, tmp_path / "style.safetensors")
+    chosen = settings.model_copy(update={"loras": (LoraWeight(file, 0.5),), "vae": str(tiny_model / "vae")})
+    styled = await loaded_worker(chosen)
+    reply = await styled.generate(REQUEST, PNG)
+    (use,) = reply.report.loras
+    assert (use.name, use.weight) == ("style.safetensors", 0.5)
+    parameters = read_parameters(reply.pictures[0])
+    assert parameters is not None
+    assert f'Lora 1: "<lora:style:0.5>, {use.adapted_modules} modules"' in parameters
+    plain = worker._engine.generate(REQUEST).images[0]
+    assert Image.open(io.BytesIO(reply.pictures[0])).tobytes() != plain.tobytes()
 
 
 async def test_steps_are_told_as_they_end(worker: ImageWorker, drawings: list[tuple[float, float]]) -> None:

@@ -153,7 +153,8 @@ def test_the_enhancer_is_applied_and_reported(engine: Engine) -> None:
 
 def test_enhanced_prompts_given_as_they_are_draw_the_same(engine: Engine) -> None:
     enhanced = engine.generate(replace(ASKED, enhance=True))
-    finished = replace(ASKED, prompt=enhanced.report.prompt, negative_prompt=enhanced.report.negative_prompt)
+    report = enhanced.report
+    finished = replace(ASKED, prompt=report.prompt, negative_prompt=report.negative_prompt, refine=True)
     assert same(enhanced.images[0], engine.generate(finished).images[0])
 
 

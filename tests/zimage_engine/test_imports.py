@@ -19,7 +19,9 @@ LIGHT_STATEMENTS = (
     "import zimage_engine.prompts.tokens",
     "import zimage_engine.checkpoint.features",
     "import zimage_engine.families",
+    "from zimage_engine import LoraWeight",
     "import zimage_engine.loading.adapter",
+    "import zimage_engine.loading.lora_description",
     "import zimage_engine.sampling.plan",
     "import zimage_engine.quality",
 )

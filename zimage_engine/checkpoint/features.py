@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_engine.checkpoint.tensors import WeightFile
+from zimage_engine.checkpoint.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from zimage_engine.checkpoint.weight_files import read_weight_file
 from zimage_engine.errors import CheckpointDamaged
 
@@ -53,7 +54,8 @@ class ComponentFeatures:
     """One folder of the checkpoint. `class_name` is what model_index.json says, "" where it is silent.
 
     `weight_files` have the names that the stock loaders look for; `other_weight_files` are read only where
-    there are none of those.
+    there are none of those. `config_damage` says, as a clause about the file, why the settings that stand
+    there could not be read; `config` is empty then. `tokenizer` is None for what is no tokenizer.
     """
 
     name: str
@@ -65,6 +67,8 @@ class ComponentFeatures:
     weight_files: tuple[WeightFile, ...]
     indexes: tuple[ShardIndex, ...]
     other_weight_files: tuple[WeightFile, ...] = ()
+    config_damage: str = ""
+    tokenizer: TokenizerFiles | None = None
 
     @property
     def is_model(self) -> bool:
@@ -77,12 +81,14 @@ class CheckpointFeatures:
     """A whole model folder, or a single file, measured. `model_index` is empty where the file is missing.
 
     `loose_files` are weights that stand in no component's folder: the single file, or those at the root.
+    `model_index_damage` says, as a clause, why the file that is there could not be read.
     """
 
     path: Path
     model_index: Mapping[str, Any]
     components: Mapping[str, ComponentFeatures]
     loose_files: tuple[WeightFile, ...] = ()
+    model_index_damage: str = ""
 
     def value(self, address: str) -> Any:
         """The value at `model_index.<key>` or `<component>.<key of its config>`; None where there is none."""
@@ -96,12 +102,13 @@ class CheckpointFeatures:
 def read_features(path: Path, *, is_our_view: bool = False) -> CheckpointFeatures:
     """Measure the folder or file at `path`. A repaired view of ours may link to files elsewhere.
 
-    Raises CheckpointDamaged where a JSON file cannot be read as an object, or a name leads out of the folder.
+    Settings that cannot be read are measured as damage, not refused: the tensors may tell the same. Raises
+    CheckpointDamaged where a shard index cannot be read, or a name leads out of the folder.
     """
     if path.is_file():
         return CheckpointFeatures(path, {}, {}, (_read_other_file(path),))
     folder = path
-    model_index = _read_json(folder / "model_index.json")
+    model_index, damage = _read_settings(folder / "model_index.json")
     listed = {
         name: entry
         for name, entry in model_index.items()
@@ -117,7 +124,7 @@ def read_features(path: Path, *, is_our_view: bool = False) -> CheckpointFeature
         for child in sorted(folder.iterdir())
         if child.suffix in _OTHER_SUFFIXES and child.is_file()
     )
-    return CheckpointFeatures(folder, model_index, components, loose)
+    return CheckpointFeatures(folder, model_index, components, loose, damage)
 
 
 def _is_component(folder: Path) -> bool:
@@ -135,12 +142,13 @@ def _read_component(
     for each in () if is_our_view else files:
         _inside(root, folder / each)
     config_file = next((name for name in CONFIG_FILES if name in files), "")
+    config, damage = _read_settings(folder / config_file) if config_file else ({}, "")
     return ComponentFeatures(
         name=folder.name,
         library=library,
         class_name=class_name,
         is_there=folder.is_dir(),
-        config=_read_json(folder / config_file) if config_file else {},
+        config=config,
         files=files,
         weight_files=tuple(
             _read_stock_file(folder / name, match)
@@ -156,6 +164,12 @@ def _read_component(
             _read_other_file(folder / name)
             for name in files
             if Path(name).suffix in _OTHER_SUFFIXES and _WEIGHT_FILE.fullmatch(name) is None
+        ),
+        config_damage=f"{config_file} {damage}" if damage else "",
+        tokenizer=(
+            read_tokenizer_files(folder)
+            if folder.is_dir() and (name.startswith("tokenizer") or "Tokenizer" in class_name)
+            else None
         ),
     )
 
@@ -191,7 +205,10 @@ def _read_stock_file(path: Path, match: re.Match[str]) -> WeightFile:
 
 
 def _read_index(path: Path, match: re.Match[str]) -> ShardIndex:
-    weight_map = _read_json(path).get("weight_map")
+    index, damage = _read_settings(path)
+    if damage:
+        raise CheckpointDamaged(f"{path} {damage}, so it has no 'weight_map'; fetch this file again")
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointDamaged(f"{path} has no 'weight_map'; fetch this file again")
     shards = tuple(sorted({str(shard) for shard in weight_map.values()}))
@@ -203,14 +220,21 @@ def _read_index(path: Path, match: re.Match[str]) -> ShardIndex:
     return ShardIndex(path.name, match["variant"] or "", match["form"], shards)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in the JSON file at `path`; an empty one where there is no file."""
+def _read_settings(path: Path) -> tuple[dict[str, Any], str]:
+    """The object in the JSON file at `path` and "", or nothing and what is wrong with the file.
+
+    Nothing and "" where there is no file.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if not text.strip():
+            return {}, "is empty"
+        content = json.loads(text)
     except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise CheckpointDamaged(f"{path} is not valid JSON ({error}); fetch this file again") from error
+        return {}, ""
+    # RecursionError: brackets nested deeper than the parser can follow.
+    except (ValueError, RecursionError) as error:
+        return {}, f"is not valid JSON ({error})"
     if not isinstance(content, dict):
-        raise CheckpointDamaged(f"{path} should hold a JSON object, got a {type(content).__name__}")
-    return content
+        return {}, f"should hold a JSON object, got a {type(content).__name__}"
+    return content, "" if content else "holds nothing"

@@ -6,7 +6,7 @@ one leaves behind in the middle of a word, and their order does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from zimage_engine.checkpoint.repair import Repair
@@ -57,6 +57,8 @@ RULES = (
     ),
 )
 
+AVERAGE_RULES = frozenset(rule.name for rule in RULES if rule.is_average)
+
 #: Front of a path -> the pipeline's component. What a packed file calls its parts.
 COMPONENT_PREFIXES = {
     ("vae",): "vae",
@@ -77,12 +79,18 @@ _FLAT_AVERAGE = "diffusion_model"
 
 @dataclass(frozen=True, slots=True)
 class CleanKeys:
-    """One component's names: clean -> stored, and for each rule the stored names that it changed."""
+    """One component's names: clean -> stored, and for each rule the stored names that it changed.
+
+    `averaged` are the clean names whose stored tensor is the moving average, `plain` has the stored names of
+    the plain tensors that those took the place of; `replaced` are their stored names.
+    """
 
     component: str
     stored: dict[str, str] = field(repr=False)
     uses: tuple[tuple[Repair, tuple[str, ...]], ...] = ()
     replaced: tuple[str, ...] = field(repr=False, default=())
+    averaged: frozenset[str] = field(repr=False, default=frozenset())
+    plain: Mapping[str, str] = field(repr=False, default_factory=dict)
 
 
 def clean(names: Iterable[str], rules: Sequence[KeyRule] = RULES) -> tuple[CleanKeys, ...]:
@@ -93,7 +101,7 @@ def clean(names: Iterable[str], rules: Sequence[KeyRule] = RULES) -> tuple[Clean
     """
     found: dict[str, dict[str, tuple[str, bool]]] = {}
     used: dict[str, dict[str, list[str]]] = {}
-    replaced: dict[str, list[str]] = {}
+    replaced: dict[str, dict[str, str]] = {}
     flat = []
     for name in names:
         component, rest, names_of_rules = _take_apart(name, rules)
@@ -102,14 +110,14 @@ def clean(names: Iterable[str], rules: Sequence[KeyRule] = RULES) -> tuple[Clean
             flat.append((name, rest[0].removeprefix(_FLAT_AVERAGE)))
             continue
         own = found.setdefault(component, {})
-        _add(own, ".".join(rest), name, averages, replaced.setdefault(component, []))
+        _add(own, ".".join(rest), name, averages, replaced.setdefault(component, {}))
         for rule_name in names_of_rules:
             used.setdefault(component, {}).setdefault(rule_name, []).append(name)
     whole = {clean_name.replace(".", ""): clean_name for clean_name in found.get("", {})}
     average_rules = [rule.name for rule in rules if rule.is_average]
     for name, flat_name in flat:
         own = found.setdefault("", {})
-        _add(own, whole.get(flat_name, flat_name), name, True, replaced.setdefault("", []))
+        _add(own, whole.get(flat_name, flat_name), name, True, replaced.setdefault("", {}))
         used.setdefault("", {}).setdefault(average_rules[0], []).append(name)
     by_name = {rule.name: Repair(rule.name, rule.because) for rule in rules}
     return tuple(
@@ -117,7 +125,9 @@ def clean(names: Iterable[str], rules: Sequence[KeyRule] = RULES) -> tuple[Clean
             component,
             {clean_name: stored for clean_name, (stored, _) in own.items()},
             tuple((by_name[rule], tuple(used[component][rule])) for rule in sorted(used.get(component, {}))),
-            tuple(replaced.get(component, ())),
+            tuple(replaced.get(component, {}).values()),
+            frozenset(clean_name for clean_name, (_, averages) in own.items() if averages),
+            replaced.get(component, {}),
         )
         for component, own in sorted(found.items())
     )
@@ -144,7 +154,7 @@ def _take_apart(name: str, rules: Sequence[KeyRule]) -> tuple[str, list[str], li
 
 
 def _add(
-    own: dict[str, tuple[str, bool]], clean_name: str, stored: str, averages: bool, replaced: list[str]
+    own: dict[str, tuple[str, bool]], clean_name: str, stored: str, averages: bool, replaced: dict[str, str]
 ) -> None:
     other = own.get(clean_name)
     if other is None:
@@ -157,4 +167,4 @@ def _add(
     else:
         winner, loser = ((stored, averages), other[0]) if averages else (other, stored)
         own[clean_name] = winner
-        replaced.append(loser)
+        replaced[clean_name] = loser

@@ -42,6 +42,32 @@ class ComponentRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ValueRange:
+    """What the denoiser's output may be: beyond `clip` it is clipped, beyond `trip` it is a fault.
+
+    Both are magnitudes at guidance off; guidance w multiplies what the two halves differ by, so both are
+    taken w times. `because` says where they come from.
+    """
+
+    clip: float
+    trip: float
+    because: str
+
+    def at_guidance(self, guidance_scale: float) -> ValueRange:
+        factor = max(1.0, guidance_scale)
+        return ValueRange(self.clip * factor, self.trip * factor, self.because)
+
+
+#: Noise and velocity alike: what is predicted has unit deviation, and so have the scaled latents.
+UNIT_RESIDUAL = ValueRange(
+    clip=32.0,
+    trip=64.0,
+    because="normal noise stays below 6 at a million values and unit-scaled latents hardly leave 8, so a "
+    "prediction is below 16; twice that leaves every sound one alone",
+)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFamily:
     """A kind of model that we support.
 
@@ -58,6 +84,10 @@ class ModelFamily:
     `published_id` the maker's model on the hub. `has_chat_template`: prompts are framed by the tokenizer's
     template. Each tokenizer of `text_encoders` reads for the text encoder beside it.
     `patch_size` is how many of the picture processor's units a side must be a multiple of.
+    `residual` is the range of the denoiser's output, `embedding_limit` and `decoded_limit` the magnitudes
+    beyond which the text encoder's answer and the decoded picture (which is -1 to 1) are faults.
+    `encode_rungs`, `denoise_rungs` and `decode_rungs` name what is tried after a fault there, in this order
+    (`zimage_engine.sampling.recovery`).
     """
 
     name: str
@@ -82,3 +112,16 @@ class ModelFamily:
     has_chat_template: bool = False
     text_encoders: tuple[tuple[str, str], ...] = (("tokenizer", "text_encoder"),)
     patch_size: int = 1
+    residual: ValueRange = UNIT_RESIDUAL
+    # Single states of large language models reach 1e4 to 1e5; a million is none of them.
+    embedding_limit: float = 1e6
+    decoded_limit: float = 100.0
+    encode_rungs: tuple[str, ...] = ("same_inputs", "plain_attention", "float32")
+    denoise_rungs: tuple[str, ...] = (
+        "same_inputs",
+        "lower_guidance",
+        "plain_attention",
+        "float32",
+        "rest_float32",
+    )
+    decode_rungs: tuple[str, ...] = ("same_inputs", "float32", "tiled")

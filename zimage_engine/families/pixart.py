@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from zimage_engine.checkpoint.match import config_class, config_has, config_is, pipeline_class
+from zimage_engine.checkpoint.match import (
+    config_class,
+    config_has,
+    config_is,
+    config_is_not,
+    pipeline_class,
+)
 from zimage_engine.families.family import ComponentRow, GoodRange, ModelFamily
 
 MAX_SIDE_PX = 2048
@@ -67,7 +73,17 @@ def _components(sample_size: int, vae: Mapping[str, Any]) -> dict[str, Component
                 "decoder_start_token_id": 0,
             },
         ),
-        "tokenizer": ComponentRow("transformers", ("T5Tokenizer", "T5TokenizerFast")),
+        "tokenizer": ComponentRow(
+            "transformers",
+            ("T5Tokenizer", "T5TokenizerFast"),
+            {
+                "tokenizer_class": "T5Tokenizer",
+                "model_max_length": 512,
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+                "pad_token": "<pad>",
+            },
+        ),
         "transformer": replace(
             _TRANSFORMER, constants={**_TRANSFORMER.constants, "sample_size": sample_size}
         ),
@@ -75,6 +91,8 @@ def _components(sample_size: int, vae: Mapping[str, Any]) -> dict[str, Component
     }
 
 
+#: Alpha's VAE is Stable Diffusion 1's, Sigma's is SDXL's: it tells them where model_index.json is gone.
+_ALPHA_SCALING, _SIGMA_SCALING = 0.18215, 0.13025
 _TRANSFORMER_FITS = config_class("transformer", *_TRANSFORMER.class_names) & config_has(
     "transformer", "caption_channels"
 )
@@ -87,6 +105,7 @@ PIXART_ALPHA_512 = ModelFamily(
         & _TRANSFORMER_FITS
         & config_is("transformer", "sample_size", 32, 64)
         & config_is("transformer", "use_additional_conditions", None, False)
+        & config_is_not("vae", "scaling_factor", _SIGMA_SCALING)
     ),
     pipeline_class="PixArtAlphaPipeline",
     needed_config=("vae.scaling_factor", "transformer.sample_size"),
@@ -103,7 +122,7 @@ PIXART_ALPHA_512 = ModelFamily(
     native_side_px=512,
     max_side_px=max_side_px,
     caption_tokens=alpha_caption_tokens,
-    components=_components(64, {"scaling_factor": 0.18215, "force_upcast": True, "sample_size": 256}),
+    components=_components(64, {"scaling_factor": _ALPHA_SCALING, "force_upcast": True, "sample_size": 256}),
     scheduler_defaults={
         "_class_name": "DPMSolverMultistepScheduler",
         "beta_start": 0.0001,
@@ -128,9 +147,10 @@ PIXART_ALPHA_1024 = replace(
         & _TRANSFORMER_FITS
         & config_is("transformer", "sample_size", 128)
         & config_is("transformer", "use_additional_conditions", None, True)
+        & config_is_not("vae", "scaling_factor", _SIGMA_SCALING)
     ),
     native_side_px=1024,
-    components=_components(128, {"scaling_factor": 0.18215, "force_upcast": True, "sample_size": 256}),
+    components=_components(128, {"scaling_factor": _ALPHA_SCALING, "force_upcast": True, "sample_size": 256}),
     published_id="PixArt-alpha/PixArt-XL-2-1024-MS",
 )
 
@@ -142,11 +162,14 @@ PIXART_SIGMA = replace(
         pipeline_class("PixArtSigmaPipeline")
         & _TRANSFORMER_FITS
         & config_is("transformer", "use_additional_conditions", None, False)
+        & config_is_not("vae", "scaling_factor", _ALPHA_SCALING)
     ),
     pipeline_class="PixArtSigmaPipeline",
     native_side_px=1024,
     caption_tokens=sigma_caption_tokens,
     # The VAE is SDXL's.
-    components=_components(128, {"scaling_factor": 0.13025, "force_upcast": True, "sample_size": 1024}),
+    components=_components(
+        128, {"scaling_factor": _SIGMA_SCALING, "force_upcast": True, "sample_size": 1024}
+    ),
     published_id="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
 )

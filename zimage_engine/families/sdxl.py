@@ -45,6 +45,14 @@ _CLIP = {
     "pad_token_id": 1,
 }
 
+_CLIP_TOKENIZER = {
+    "tokenizer_class": "CLIPTokenizer",
+    "model_max_length": CLIP_TOKENS,
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+}
+
 _COMPONENTS = {
     "scheduler": ComponentRow(
         "diffusers", ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler")
@@ -53,8 +61,15 @@ _COMPONENTS = {
     "text_encoder_2": ComponentRow(
         "transformers", ("CLIPTextModelWithProjection",), {**_CLIP, "hidden_act": "gelu"}
     ),
-    "tokenizer": ComponentRow("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
-    "tokenizer_2": ComponentRow("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+    "tokenizer": ComponentRow(
+        "transformers",
+        ("CLIPTokenizer", "CLIPTokenizerFast"),
+        {**_CLIP_TOKENIZER, "pad_token": "<|endoftext|>"},
+    ),
+    # OpenCLIP pads with the id 0, which is the exclamation mark's.
+    "tokenizer_2": ComponentRow(
+        "transformers", ("CLIPTokenizer", "CLIPTokenizerFast"), {**_CLIP_TOKENIZER, "pad_token": "!"}
+    ),
     "unet": ComponentRow(
         "diffusers",
         ("UNet2DConditionModel",),

@@ -60,7 +60,16 @@ _COMPONENTS = {
             "tie_word_embeddings": True,
         },
     ),
-    "tokenizer": ComponentRow("transformers", ("Qwen2Tokenizer", "Qwen2TokenizerFast")),
+    "tokenizer": ComponentRow(
+        "transformers",
+        ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "model_max_length": 131_072,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+        },
+    ),
     "transformer": ComponentRow(
         "diffusers",
         ("ZImageTransformer2DModel",),

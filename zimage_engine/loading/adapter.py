@@ -22,7 +22,8 @@ from typing import Any
 from zimage_engine.checkpoint.features import CheckpointFeatures, read_features
 from zimage_engine.errors import CheckpointDamaged
 from zimage_engine.families import ModelFamily
-from zimage_engine.loading.locate import locate
+from zimage_engine.loading.locate import commit_of, locate
+from zimage_engine.loading.lora_description import refuse_lora
 from zimage_engine.loading.mending import Companions, FoundModel, Mending, plan_mending
 from zimage_engine.loading.plan import LoadPlan, plan_load
 from zimage_engine.loading.view import ensure_view
@@ -31,11 +32,13 @@ from zimage_engine.loading.view import ensure_view
 class ModelLoaderAdapter:
     """Loads one model of a supported family, whatever name it has and whatever of it must be mended.
 
-    `path_or_repo_id` is a folder, a single file of weights, or a hub id. `family` is the name of a family,
-    for a checkpoint that is known better than its files tell; None recognises it from the inside. `base`,
-    `text_encoder` and `vae` are folders or files that supply what a single file lacks; `cache_folder` is
-    where repaired views are kept (None: the user's cache directory). Each property is read once, on first
-    use, and raises what that step can find: CheckpointNotFound, UnknownFamily, CheckpointDamaged.
+    `path_or_repo_id` is a folder, a single file of weights, or a hub id (`owner/name`, or
+    `owner/name@revision` with a branch, tag or commit). `family` is the name of a family, for a checkpoint
+    that is known better than its files tell; None recognises it from the inside. `base`, `text_encoder` and
+    `vae` are folders or files that supply what a single file lacks; `cache_folder` is where repaired views
+    are kept (None: the user's cache directory). `dtype` is "bfloat16" (None: the family's own, which is
+    that), "float32" or "float16". Each property is read once, on first use, and raises what that step can
+    find: CheckpointNotFound, UnknownFamily, CheckpointDamaged, DtypeRefused.
     """
 
     def __init__(
@@ -47,24 +50,36 @@ class ModelLoaderAdapter:
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
         cache_folder: Path | None = None,
+        dtype: str | None = None,
     ) -> None:
         self._path_or_repo_id = path_or_repo_id
         self._family_name = family
         self._beside = {"base": base, "text_encoder": text_encoder, "vae": vae}
         self._cache_folder = cache_folder
+        self._dtype = dtype
 
     @cached_property
     def origin(self) -> Path:
         """The folder or file on disk; a hub id that is not whole in the cache is fetched."""
         return locate(self._path_or_repo_id)
 
+    @property
+    def commit(self) -> str | None:
+        """The commit hash that a hub id was resolved to; None for files from elsewhere."""
+        return commit_of(self.origin)
+
+    @cached_property
+    def _measured(self) -> CheckpointFeatures:
+        return read_features(self.origin)
+
     @cached_property
     def mending(self) -> Mending:
         """What it was recognised as and every repair that it needs; nothing is written for this."""
+        refuse_lora(self.origin)
         beside = {
             name: None if path is None else read_features(locate(path)) for name, path in self._beside.items()
         }
-        return plan_mending(read_features(self.origin), self._family_name, Companions(**beside))
+        return plan_mending(self._measured, self._family_name, Companions(**beside), self._dtype)
 
     @cached_property
     def family(self) -> ModelFamily:
@@ -80,7 +95,9 @@ class ModelLoaderAdapter:
     @cached_property
     def features(self) -> CheckpointFeatures:
         """What is in `model_path`."""
-        return read_features(self.model_path, is_our_view=self.mending.view is not None)
+        if self.mending.view is None:
+            return self._measured
+        return read_features(self.model_path, is_our_view=True)
 
     @cached_property
     def plan(self) -> LoadPlan:
@@ -113,6 +130,9 @@ class ModelLoaderAdapter:
             f"  because {mending.because}",
             f"  loaded by {self.family.pipeline_class}.from_pretrained",
         ]
+        if self.commit is not None:
+            lines.append(f"  from the hub, at the commit {self.commit}")
+        lines += [f"  note: {note}" for note in mending.notes]
         if mending.view is None:
             lines += [f"  {reason}" for reason in self.plan.reasons]
             lines.append("  repairs: none, the files are loaded as they are")
@@ -135,10 +155,11 @@ class ModelLoaderAdapter:
         """
         import diffusers
 
+        from zimage_engine.loading.finite import StoredWeightsCheck
         from zimage_engine.loading.verify import verify
 
         pipeline_class = getattr(diffusers, self.plan.family.pipeline_class)
-        with _quiet_loading():
+        with _quiet_loading(), StoredWeightsCheck(self.plan.weights, self.family.dtype) as stored:
             try:
                 pipeline = pipeline_class.from_pretrained(self.model_path, **self.get_load_kwargs())
             # What the stock loaders raise for files they cannot use; MemoryError and bugs of ours go through.
@@ -146,8 +167,8 @@ class ModelLoaderAdapter:
                 raise CheckpointDamaged(
                     f"{self.origin} is a {self.family.title} model, but diffusers cannot load it: {error}"
                 ) from error
-        pipeline.set_progress_bar_config(disable=True)
-        verify(pipeline, self.plan)
+            pipeline.set_progress_bar_config(disable=True)
+            verify(pipeline, self.plan, stored)
         return pipeline
 
 

@@ -33,6 +33,7 @@ class FoundModel:
     config: Mapping[str, Any] = field(repr=False)
     repairs: tuple[AppliedRepair, ...]
     unknown: tuple[str, ...] = field(default=(), repr=False)
+    config_damage: str = ""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -62,6 +63,7 @@ def found_models(features: CheckpointFeatures) -> dict[str, FoundModel]:
                 component.config,
                 stored.repairs,
                 parts.unknown if len(parts.parts) == 1 else (),
+                component.config_damage,
             )
     lacking = [
         name

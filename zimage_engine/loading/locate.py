@@ -9,20 +9,24 @@ from zimage_engine.checkpoint.features import CheckpointFeatures, read_features
 from zimage_engine.errors import CheckpointNotFound, DownloadError
 from zimage_engine.loading.hub import download_model
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?"
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def locate(path_or_repo_id: str | Path) -> Path:
     """The folder or file on disk that `path_or_repo_id` stands for.
 
-    A path that exists wins over a hub id of the same spelling. A hub id is looked up in the Hugging
+    A path that exists wins over a hub id of the same spelling. A hub id may end in `@` and a revision: a
+    branch, a tag or a commit hash; without one it is the branch main. It is looked up in the Hugging
     Face cache first and fetched only where something of it is missing. Raises CheckpointNotFound.
     """
     path = Path(path_or_repo_id).expanduser()
     if path.exists():
         return path
-    if isinstance(path_or_repo_id, str) and _HUB_ID.fullmatch(path_or_repo_id):
-        return _cached(path_or_repo_id) or _fetched(path_or_repo_id)
+    if isinstance(path_or_repo_id, str) and (match := _HUB_ID.fullmatch(path_or_repo_id)):
+        return _cached(match["repo"], match["revision"]) or _fetched(match["repo"], match["revision"])
     raise CheckpointNotFound(f"there is nothing at '{path}', and it is not a hub id such as 'owner/name'")
 
 
@@ -42,29 +46,35 @@ def missing_files(features: CheckpointFeatures) -> tuple[str, ...]:
     return tuple(missing)
 
 
-def _cached(repo_id: str) -> Path | None:
-    """The newest snapshot in the cache, if all that its lists name is there."""
-    folder = _in_cache(repo_id)
+def commit_of(path: Path) -> str | None:
+    """The commit hash of a folder of the Hugging Face cache, which names it by that; None for any other."""
+    is_snapshot = path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name)
+    return path.name if is_snapshot else None
+
+
+def _cached(repo_id: str, revision: str | None) -> Path | None:
+    """The snapshot of the revision in the cache, if all that its lists name is there."""
+    folder = _in_cache(repo_id, revision)
     return None if folder is None or missing_files(read_features(folder)) else folder
 
 
-def _in_cache(repo_id: str) -> Path | None:
-    """The newest snapshot in the cache, whole or not."""
+def _in_cache(repo_id: str, revision: str | None) -> Path | None:
+    """The snapshot of the revision in the cache, whole or not."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, local_files_only=True))
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
 
 
-def _fetched(repo_id: str) -> Path:
+def _fetched(repo_id: str, revision: str | None) -> Path:
     """The folder that a checked download leaves in the cache; what is there already is not fetched again."""
     try:
-        return download_model(repo_id).path
+        return download_model(repo_id, revision).path
     except DownloadError as error:
-        present = _in_cache(repo_id)
+        present = _in_cache(repo_id, revision)
         missing = missing_files(read_features(present)) if present else ()
         lacks = f" (missing: {', '.join(missing)})" if missing else ""
         raise CheckpointNotFound(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from zimage_engine.errors import CheckpointDamaged, EngineError, InvalidRequest
+from zimage_engine.errors import CheckpointDamaged, EngineError
 from zimage_engine.loading.lora_layouts import (
     AdaptedModule,
     LoraFeatures,
@@ -21,20 +22,7 @@ from zimage_engine.loading.lora_layouts import (
     read_lora,
     stored_pairs,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class LoraWeight:
-    """A LoRA file and how strongly it acts: 1 as trained, 0 not at all, negative the other way."""
-
-    path: Path
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise InvalidRequest(
-                f"the weight of a LoRA must be a finite number, got {self.weight}; 1 is as trained", "weight"
-            )
+from zimage_engine.loading.lora_weight import LoraWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +49,16 @@ def apply_loras(pipeline: Any, loras: Sequence[LoraWeight]) -> tuple[LoraReport,
     before = _active_weights(pipeline)
     names = _free_names(pipeline, len(loras))
     try:
-        reports = tuple(
-            _load(pipeline, lora, measured, name)
-            for lora, measured, name in zip(loras, features, names, strict=True)
-        )
+        with _quiet_peft():
+            reports = tuple(
+                _load(pipeline, lora, measured, name)
+                for lora, measured, name in zip(loras, features, names, strict=True)
+            )
         weights = {**before, **{name: lora.weight for name, lora in zip(names, loras, strict=True)}}
         pipeline.set_adapters(list(weights), list(weights.values()))
     except BaseException:
         if had_layers:
-            pipeline.delete_adapters([name for name in names if name in _all_adapters(pipeline)])
+            _delete(pipeline, [name for name in names if name in _all_adapters(pipeline)])
             pipeline.set_adapters(list(before), list(before.values()))
         else:
             remove_loras(pipeline)
@@ -77,10 +66,43 @@ def apply_loras(pipeline: Any, loras: Sequence[LoraWeight]) -> tuple[LoraReport,
     return reports
 
 
+def replace_loras(pipeline: Any, loras: Sequence[LoraWeight]) -> tuple[LoraReport, ...]:
+    """Put `loras` on `pipeline` in place of all that are on it; on an error those stay as they are.
+
+    None leaves no trace of any. Raises as `apply_loras`.
+    """
+    if not loras:
+        remove_loras(pipeline)
+        return ()
+    _require_loader(pipeline)
+    replaced = _all_adapters(pipeline)
+    reports = apply_loras(pipeline, loras)
+    if replaced:
+        _delete(pipeline, sorted(replaced))
+        pipeline.set_adapters(
+            [report.adapter_name for report in reports], [report.weight for report in reports]
+        )
+    return reports
+
+
 def remove_loras(pipeline: Any) -> None:
     """Take every LoRA off `pipeline`; it draws what it drew before, to the bit."""
     if hasattr(pipeline, "unload_lora_weights"):
         pipeline.unload_lora_weights()
+
+
+def _delete(pipeline: Any, names: list[str]) -> None:
+    with _quiet_peft():
+        pipeline.delete_adapters(names)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """No advice on what is done on purpose: several adapters in a model, and one that acts taken away."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+        yield
 
 
 def _require_loader(pipeline: Any) -> None:
@@ -123,6 +145,8 @@ def _load_normalised(pipeline: Any, features: LoraFeatures, name: str) -> tuple[
 def _load_stock(pipeline: Any, features: LoraFeatures, name: str) -> int:
     """Let diffusers place the pairs, as it knows the layouts of SDXL, and count that none is left out."""
     pairs = stored_pairs(features)
+    for stored_name, tensor in load_file(features.path).items():
+        _require_finite(features.path, stored_name, tensor)
     try:
         pipeline.load_lora_weights(
             str(features.path.parent),
@@ -173,10 +197,7 @@ def _normalised_weights(plan: LoraPlan, denoiser: Any) -> dict[str, torch.Tensor
             b = b[slice(*module.b_rows)]
         scaled = a * _scale(module, stored)
         for tensor, source in ((scaled, module.a_source), (b, module.b_source)):
-            if not torch.isfinite(tensor).all():
-                raise CheckpointDamaged(
-                    f"{plan.path}: {source} is not finite; every picture would be black; fetch it again"
-                )
+            _require_finite(plan.path, source, tensor)
         inner = shapes[module.module][1:]
         for end, tensor, shape in (
             ("lora_A", scaled, (module.rank, *inner)),
@@ -186,6 +207,11 @@ def _normalised_weights(plan: LoraPlan, denoiser: Any) -> dict[str, torch.Tensor
                 tensor.reshape(shape).to(denoiser.dtype).clone().contiguous()
             )
     return weights
+
+
+def _require_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise CheckpointDamaged(f"{path}: {name} is not finite; every picture would be black; fetch it again")
 
 
 def _scale(module: AdaptedModule, stored: dict[str, torch.Tensor]) -> float:

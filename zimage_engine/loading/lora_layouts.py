@@ -19,6 +19,7 @@ from typing import Any
 from zimage_engine.checkpoint.safetensors_header import read_safetensors_header
 from zimage_engine.checkpoint.tensors import TensorFacts
 from zimage_engine.errors import CheckpointDamaged, CheckpointNotFound
+from zimage_engine.loading.lora_weight import LoraWeight, require_lora
 
 Shape = tuple[int, ...]
 
@@ -191,6 +192,13 @@ def read_lora(path: Path) -> LoraFeatures:
     return LoraFeatures(file, tensors, MappingProxyType(_read_settings(file)))
 
 
+def check_loras(loras: Iterable[LoraWeight]) -> None:
+    """Raise what the files' headers tell already: CheckpointNotFound, or CheckpointDamaged for no LoRA."""
+    for lora in loras:
+        require_lora(lora)
+        stored_pairs(read_lora(lora.path))
+
+
 def stored_pairs(features: LoraFeatures) -> tuple[StoredPair, ...]:
     """All pairs of the file, by stored module name.
 
@@ -234,6 +242,12 @@ def stored_pairs(features: LoraFeatures) -> tuple[StoredPair, ...]:
     for pair in pairs:
         _check_pair(features.path, pair)
     return pairs
+
+
+def spelling_of(name: str) -> Spelling | None:
+    """How a stored name ends in the manner of LoRAs; None where it does not."""
+    spelled = _read_name(name)
+    return None if spelled is None else spelled[1]
 
 
 def is_text_encoder(stem: str) -> bool:

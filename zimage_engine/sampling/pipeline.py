@@ -1,19 +1,28 @@
-"""Draws what a plan says with the stock diffusers pipeline, and says how long each stage took.
+"""Draws what a plan says with the stock diffusers pipeline, guarded: a bad value is met, not shown.
 
-Knows nothing of requests or reports. Call it from one thread at a time: a scheduler has a state.
+Knows nothing of requests or reports. Call it from one thread at a time: a pipeline has a state, but for the
+time of a call only: however a call ends, the next one draws what it would draw in a fresh process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zimage_engine.errors import GuardExhausted
+from zimage_engine.families import ModelFamily
+from zimage_engine.sampling import float32
+from zimage_engine.sampling.decoding import GuardedDecoder
+from zimage_engine.sampling.guard import StepFault, StepWatch, guarded_scheduler
 from zimage_engine.sampling.plan import SamplingPlan
 from zimage_engine.sampling.prompt_encoders import encoder_for
-from zimage_engine.types import Notice
+from zimage_engine.sampling.recovery import Facts, Measures, Trip
+from zimage_engine.sampling.tripwire import finding_in
+from zimage_engine.types import GuardTrace, GuardTrip, Notice
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +38,7 @@ class PromptEmbeddings:
     arguments: Mapping[str, Any] = field(repr=False)
     encode_seconds: float
     warnings: tuple[Notice, ...]
+    trips: tuple[GuardTrip, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,76 +46,289 @@ class DrawnPicture:
     """One picture and what it took.
 
     `denoise_seconds` runs from the call of the pipeline to the end of its last step (so it holds the
-    drawing of the noise too), `decode_seconds` from there to the finished picture.
+    drawing of the noise, and what was drawn again after a fault), `decode_seconds` from there to the
+    finished picture.
     """
 
     image: Image = field(repr=False)
     denoise_seconds: float
     decode_seconds: float
+    trace: GuardTrace
 
 
-def encode_prompts(pipeline: Any, plan: SamplingPlan, max_tokens: int, clock: Clock) -> PromptEmbeddings:
-    """Encode the plan's prompts once, for all of its pictures.
+class GuardedPipeline:
+    """A stock pipeline with a guard at each place where a bad value can come from.
 
-    The text encoder reads at most `max_tokens`, chat template included; a warning tells what was cut off.
+    The text encoder's answer, each output of the denoiser and the decoded picture are looked at; what is
+    found is recovered from by the family's rungs, or GuardExhausted is raised. Nothing of it outlives a call.
     """
-    started = clock()
-    encoder = encoder_for(pipeline)
-    guided = plan.guidance_scale > 1.0
-    try:
-        with torch.no_grad():
-            arguments = encoder.encode(pipeline, plan.prompt, plan.negative_prompt, guided, max_tokens)
-    except BaseException:
-        pipeline.maybe_free_model_hooks()
-        raise
-    encode_seconds = clock() - started
-    read = {"prompt": plan.prompt}
-    if encoder.uses_negative_prompt(pipeline, guided):
-        read["negative_prompt"] = plan.negative_prompt
-    return PromptEmbeddings(
-        arguments=arguments,
-        encode_seconds=encode_seconds,
-        warnings=tuple(
-            Notice(
-                f"{parameter}_truncated",
-                f"{parameter} takes {count} tokens and this model reads {max_tokens}: "
-                f"the last {count - max_tokens} were left out; shorten it",
-            )
-            for parameter, text in read.items()
-            if (count := encoder.count_tokens(pipeline, text)) > max_tokens
-        ),
-    )
 
+    def __init__(self, pipeline: Any, family: ModelFamily, clock: Clock) -> None:
+        self._pipeline = pipeline
+        self._family = family
+        self._clock = clock
+        self._encoder = encoder_for(pipeline)
 
-def draw(
-    pipeline: Any,
-    plan: SamplingPlan,
-    embeddings: PromptEmbeddings,
-    seed: int,
-    clock: Clock,
-    on_step: Callable[[int], None],
-) -> DrawnPicture:
-    """Draw one picture; `on_step` gets 1, 2, ... after each step, and what it raises ends the drawing.
+    @property
+    def is_float32(self) -> bool:
+        """Whether float32 is what the denoiser and the VAE are drawn in anyway."""
+        return all(module.dtype is torch.float32 for module in (self._denoiser, self._pipeline.vae))
 
-    The noise comes from the CPU's generator on every device, so a seed means the same noise everywhere.
-    However it ends, offloaded models are put back, and the pipeline can be used again.
-    """
-    last_step_at = started = clock()
+    @property
+    def _denoiser(self) -> torch.nn.Module:
+        module: torch.nn.Module = getattr(self._pipeline, self._family.denoiser)
+        return module
 
-    def step_ended(index: int) -> None:
-        nonlocal last_step_at
-        last_step_at = clock()
-        on_step(index + 1)
+    def encode(self, plan: SamplingPlan, max_tokens: int) -> PromptEmbeddings:
+        """Encode the plan's prompts once, for all of its pictures.
 
-    try:
-        output = pipeline(
-            **encoder_for(pipeline).call_arguments(embeddings.arguments, step_ended),
-            width=plan.width_px,
-            height=plan.height_px,
-            num_inference_steps=plan.steps,
-            guidance_scale=plan.pipeline_guidance,
-            generator=torch.Generator("cpu").manual_seed(seed),
+        The text encoder reads at most `max_tokens`, chat template included; a warning tells what was cut off.
+        """
+        started = self._clock()
+        try:
+            with torch.no_grad():
+                arguments, trips = self._encoded(plan, max_tokens)
+        finally:
+            self._pipeline.maybe_free_model_hooks()
+        encode_seconds = self._clock() - started
+        read = {"prompt": plan.prompt}
+        if self._encoder.uses_negative_prompt(self._pipeline, plan.guidance_scale > 1.0):
+            read["negative_prompt"] = plan.negative_prompt
+        return PromptEmbeddings(
+            arguments=arguments,
+            encode_seconds=encode_seconds,
+            trips=trips,
+            warnings=tuple(
+                Notice(
+                    f"{parameter}_truncated",
+                    f"{parameter} takes {count} tokens and this model reads {max_tokens}: "
+                    f"the last {count - max_tokens} were left out; shorten it",
+                )
+                for parameter, text in read.items()
+                if (count := self._encoder.count_tokens(self._pipeline, text)) > max_tokens
+            ),
         )
-    finally:
-        pipeline.maybe_free_model_hooks()
-    return DrawnPicture(output.images[0], last_step_at - started, clock() - last_step_at)
+
+    def _encoded(
+        self, plan: SamplingPlan, max_tokens: int
+    ) -> tuple[Mapping[str, Any], tuple[GuardTrip, ...]]:
+        text_encoders = [getattr(self._pipeline, name) for _, name in self._family.text_encoders]
+
+        def encode(measures: Measures) -> dict[str, Any]:
+            with ExitStack() as stack:
+                for text_encoder in text_encoders:
+                    if (context := context_of(measures)) is not None:
+                        stack.callback(float32.during_forward(text_encoder, context))
+                return self._encoder.encode(
+                    self._pipeline,
+                    plan.prompt,
+                    plan.negative_prompt,
+                    plan.guidance_scale > 1.0,
+                    max_tokens,
+                )
+
+        limit = self._family.embedding_limit
+        arguments = encode(Measures())
+        found = finding_in(arguments, limit)
+        if found is None:
+            return arguments, ()
+        facts = Facts(
+            current=Measures(),
+            is_float32=all(text_encoder.dtype is torch.float32 for text_encoder in text_encoders),
+        )
+        trip = Trip("encode", None, found, self._family.encode_rungs, self._clock)
+        while found is not None:
+            measures = trip.next_measures(facts, found)
+            try:
+                arguments = encode(measures)
+            except RuntimeError as error:
+                found = _could_not(error)
+            else:
+                found = finding_in(arguments, limit)
+        trip.recovered()
+        return arguments, (trip.report,)
+
+    def draw(
+        self,
+        plan: SamplingPlan,
+        embeddings: PromptEmbeddings,
+        seed: int,
+        check: Callable[[], None],
+        on_step: Callable[[int, torch.Tensor], None],
+        in_float32: bool = False,
+    ) -> DrawnPicture:
+        """Draw one picture.
+
+        `check` is called before each step's result is used and before decoding, `on_step` with 1, 2, ...
+        and the latents after each step; what either raises ends the drawing. `in_float32` draws every step
+        and decodes in float32 arithmetic. The noise comes from the CPU's generator on every device, so a
+        seed means the same noise everywhere. Raises GuardExhausted where a bad value comes back.
+        """
+        start = Measures(plan.guidance_scale, float32=in_float32, lasting=in_float32)
+        return _Drawing(self, plan, embeddings, seed, check, on_step, start).run()
+
+
+class _Drawing:
+    """One picture on its way: calls the pipeline, and again from the last good step after each fault."""
+
+    def __init__(
+        self,
+        guarded: GuardedPipeline,
+        plan: SamplingPlan,
+        embeddings: PromptEmbeddings,
+        seed: int,
+        check: Callable[[], None],
+        on_step: Callable[[int, torch.Tensor], None],
+        start: Measures,
+    ) -> None:
+        self._pipeline = guarded._pipeline
+        self._family = guarded._family
+        self._clock = guarded._clock
+        self._encoder = guarded._encoder
+        self._denoiser = guarded._denoiser
+        self._plan = plan
+        self._embeddings = embeddings
+        self._check = check
+        self._on_step = on_step
+        self._measures = start
+        self._trips: list[Trip] = []
+        self._open: Trip | None = None
+        self._settled = start
+        self._end_measures: Callable[[], None] = lambda: None
+        self._watch = StepWatch(
+            residual=self._family.residual.at_guidance(plan.guidance_scale),
+            generator=torch.Generator("cpu").manual_seed(seed),
+            before_step=lambda _step: check(),
+            passed=self._passed,
+        )
+
+    def run(self) -> DrawnPicture:
+        started = self._clock()
+        decoder = GuardedDecoder(
+            self._pipeline.vae,
+            limit=self._family.decoded_limit,
+            rungs=self._family.decode_rungs,
+            clock=self._clock,
+            before=self._check,
+            start=Measures(float32=self._measures.float32),
+        )
+        try:
+            with decoder.in_place(), self._own_scheduler():
+                output = self._call()
+                while isinstance(output, StepFault):
+                    self._go_back(output)
+                    output = self._call()
+        except GuardExhausted as exhausted:
+            met = [trip.report for trip in self._trips if trip is not self._open]
+            trips = (*self._embeddings.trips, *met, *exhausted.trips)
+            raise GuardExhausted(exhausted.message, trips) from None
+        decode_started = decoder.started_at or self._clock()
+        return DrawnPicture(
+            output.images[0],
+            denoise_seconds=decode_started - started,
+            decode_seconds=self._clock() - decode_started,
+            trace=GuardTrace(
+                trips=tuple(trip.report for trip in self._trips) + decoder.trips,
+                clipped_values=self._watch.clipped_values,
+                final_guidance_scale=self._measures.guidance_scale,
+            ),
+        )
+
+    def _call(self) -> Any:
+        """What the pipeline returns, or the fault that ended it."""
+        start = self._watch.resume_from
+        resumed = {}
+        if start is not None:
+            self._watch.generator.set_state(start.generator_state)
+            resumed["latents"] = start.latents
+        self._begin(self._measures)
+        self._pipeline.scheduler.watch = self._watch
+        try:
+            return self._pipeline(
+                **self._encoder.call_arguments(self._embeddings.arguments),
+                **resumed,
+                width=self._plan.width_px,
+                height=self._plan.height_px,
+                num_inference_steps=self._plan.steps,
+                guidance_scale=self._family.to_pipeline_guidance(self._measures.guidance_scale),
+                generator=self._watch.generator,
+            )
+        except StepFault as fault:
+            return fault
+        except RuntimeError as error:
+            # A measure that this machine cannot take (memory, a missing kernel) is one that did not help.
+            if self._open is None or self._open.tried is None:
+                raise
+            return StepFault(self._watch.step, _could_not(error))
+        finally:
+            self._end_measures()
+            self._pipeline.maybe_free_model_hooks()
+
+    def _begin(self, measures: Measures) -> None:
+        context = context_of(measures)
+        self._end_measures = (
+            (lambda: None) if context is None else float32.during_forward(self._denoiser, context)
+        )
+
+    def _go_back(self, fault: StepFault) -> None:
+        """Choose what to try next from where the fault's step started; raises GuardExhausted."""
+        self._check()
+        if self._open is None:
+            self._open = Trip(
+                "denoise", fault.step + 1, fault.finding, self._family.denoise_rungs, self._clock
+            )
+            self._trips.append(self._open)
+            self._settled = self._measures
+        self._watch.resume_from = self._watch.last_good
+        self._measures = self._open.next_measures(self._facts(), fault.finding)
+
+    def _facts(self) -> Facts:
+        earlier = [trip.report for trip in self._trips[:-1]]
+        helped = {trip.recovered_by: trip.step for trip in earlier if trip.recovered_by}
+        failed = {
+            attempt.rung: trip.step
+            for trip in earlier
+            for attempt in trip.attempts
+            if attempt.outcome == "failed" and attempt.rung != trip.recovered_by
+        }
+        return Facts(
+            current=self._settled,
+            is_float32=getattr(self._denoiser, "dtype", None) is torch.float32,
+            failed=failed,  # type: ignore[arg-type]
+            helped=helped,  # type: ignore[arg-type]
+        )
+
+    def _passed(self, step: int, latents: torch.Tensor) -> None:
+        if self._open is not None:
+            self._open.recovered()
+            self._open = None
+            if not self._measures.lasting:
+                self._end_measures()
+                self._end_measures = lambda: None
+                self._measures = Measures(self._measures.guidance_scale)
+        self._on_step(step + 1, latents)
+
+    @contextmanager
+    def _own_scheduler(self) -> Iterator[None]:
+        """A fresh guarded scheduler in the place of the pipeline's, which stays as it was loaded.
+
+        Set past the pipeline's own `__setattr__`, which would write the class into its config.
+        """
+        members = vars(self._pipeline)
+        stock = members["scheduler"]
+        members["scheduler"] = guarded_scheduler(stock, self._watch)
+        try:
+            yield
+        finally:
+            members["scheduler"] = stock
+
+
+def context_of(measures: Measures) -> Callable[[torch.nn.Module], Any] | None:
+    """What has to hold while a module runs under these measures."""
+    if measures.float32:
+        return float32.wide
+    return float32.plain_attention if measures.plain_attention else None
+
+
+def _could_not(error: RuntimeError) -> str:
+    return f"an error ({type(error).__name__})"

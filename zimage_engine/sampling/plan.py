@@ -37,6 +37,7 @@ class SamplingPlan:
     guidance_scale: float
     pipeline_guidance: float
     seeds: tuple[int, ...]
+    refine: bool
     warnings: tuple[Notice, ...]
 
     def with_prompts(self, enhanced: EnhancedPrompt) -> SamplingPlan:
@@ -67,6 +68,7 @@ def resolve(request: GenerationRequest, model: ModelDescription) -> SamplingPlan
         guidance_scale=guidance_scale,
         pipeline_guidance=family.to_pipeline_guidance(guidance_scale),
         seeds=_seeds(request.seed, count),
+        refine=request.enhance if request.refine is None else request.refine,
         warnings=(
             *_warnings(family, steps, guidance_scale),
             *_size_warnings(family, width_px, height_px, model),

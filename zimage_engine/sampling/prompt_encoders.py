@@ -5,13 +5,8 @@ Knows nothing of plans or timing. Add a row to PROMPT_ENCODERS for another pipel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
-
-import torch
-
-#: Called with the index, from 0, of each step that has ended.
-StepEnded = Callable[[int], None]
 
 
 class PromptEncoder(Protocol):
@@ -22,7 +17,7 @@ class PromptEncoder(Protocol):
     ) -> dict[str, Any]:
         """Both prompts, once for all pictures, as keyword arguments of the pipeline."""
 
-    def call_arguments(self, embeddings: Mapping[str, Any], step_ended: StepEnded) -> dict[str, Any]:
+    def call_arguments(self, embeddings: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of one call; what the call may change is copied."""
 
     def count_tokens(self, pipeline: Any, prompt: str) -> int:
@@ -47,9 +42,8 @@ class ZImageEncoder:
         )
         return {"prompt_embeds": tuple(positive), "negative_prompt_embeds": tuple(negative)}
 
-    def call_arguments(self, embeddings: Mapping[str, Any], step_ended: StepEnded) -> dict[str, Any]:
-        lists = {name: list(tensors) for name, tensors in embeddings.items()}
-        return lists | {"callback_on_step_end": _at_step_end(step_ended)}
+    def call_arguments(self, embeddings: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: list(tensors) for name, tensors in embeddings.items()}
 
     def count_tokens(self, pipeline: Any, prompt: str) -> int:
         framed = pipeline.tokenizer.apply_chat_template(
@@ -84,8 +78,8 @@ class SDXLEncoder:
         )
         return dict(zip(names, tensors, strict=True))
 
-    def call_arguments(self, embeddings: Mapping[str, Any], step_ended: StepEnded) -> dict[str, Any]:
-        return {**embeddings, "callback_on_step_end": _at_step_end(step_ended)}
+    def call_arguments(self, embeddings: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(embeddings)
 
     def count_tokens(self, pipeline: Any, prompt: str) -> int:
         return max(_count(pipeline.tokenizer, prompt), _count(pipeline.tokenizer_2, prompt))
@@ -117,14 +111,10 @@ class PixArtEncoder:
         )
         return dict(zip(names, tensors, strict=True))
 
-    def call_arguments(self, embeddings: Mapping[str, Any], step_ended: StepEnded) -> dict[str, Any]:
-        def callback(index: int, _timestep: Any, _latents: torch.Tensor) -> None:
-            step_ended(index)
-
+    def call_arguments(self, embeddings: Mapping[str, Any]) -> dict[str, Any]:
         return {
             **embeddings,
             "negative_prompt": None,
-            "callback": callback,
             # Binning would draw another size and scale it to the one that was asked.
             "use_resolution_binning": False,
         }
@@ -150,14 +140,6 @@ def encoder_for(pipeline: Any) -> PromptEncoder:
         if each.__name__ in PROMPT_ENCODERS:
             return PROMPT_ENCODERS[each.__name__]
     raise TypeError(f"no prompt encoder for {type(pipeline).__name__}; there are {sorted(PROMPT_ENCODERS)}")
-
-
-def _at_step_end(step_ended: StepEnded) -> Callable[..., dict[str, Any]]:
-    def callback(_pipeline: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        step_ended(index)
-        return tensors
-
-    return callback
 
 
 def _count(tokenizer: Any, text: str) -> int:

@@ -31,6 +31,7 @@ ASKED = Asked(
     prompt="a red circle",
     negative_prompt="",
     enhance=True,
+    refine=True,
     size="256x256",
     steps=4,
     guidance_scale=1.8,

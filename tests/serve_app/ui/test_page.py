@@ -16,8 +16,8 @@ from serve_app.settings import Settings
 from serve_app.ui import build_page, mount_page
 from tests.serve_app.ui.painting_service import PaintingService
 
-PROMPT, NEGATIVE, ENHANCE, SIZE, STEPS, GUIDANCE, SEED, LOCALE = range(8)
-CONTROLS = ("a red circle", "", True, "256x256", 8, 1.8, "", "en")
+PROMPT, NEGATIVE, ENHANCE, REFINE, SIZE, STEPS, GUIDANCE, SEED, LOCALE = range(9)
+CONTROLS = ("a red circle", "", True, True, "256x256", 8, 1.8, "", "en")
 
 
 def handler(blocks: Any, name: str) -> Any:

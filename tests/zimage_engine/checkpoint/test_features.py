@@ -42,16 +42,36 @@ def test_a_component_that_is_listed_but_absent_is_told(copy_of_tiny_model) -> No
     assert not read_features(folder).components["vae"].is_there
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [("{", "not valid JSON"), ("[1, 2]", "should hold a JSON object, got a list"), ("", "not valid JSON")],
-)
-def test_broken_json_is_named(copy_of_tiny_model, content: str, sentence: str) -> None:
+UNREADABLE = [
+    ("{", "is not valid JSON"),
+    ("[1, 2]", "should hold a JSON object, got a list"),
+    ("", "is empty"),
+    ("{}", "holds nothing"),
+    ("[" * 100_000, "is not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("content", "clause"), UNREADABLE)
+def test_settings_that_cannot_be_read_are_measured_as_damage(
+    copy_of_tiny_model, content: str, clause: str
+) -> None:
     folder = copy_of_tiny_model()
     (folder / "transformer" / "config.json").write_text(content)
-    with pytest.raises(CheckpointDamaged, match=sentence) as raised:
-        read_features(folder)
-    assert str(folder / "transformer" / "config.json") in str(raised.value)
+    (folder / "model_index.json").write_text(content)
+    features = read_features(folder)
+    assert (features.model_index, features.components["transformer"].config) == ({}, {})
+    assert clause in features.model_index_damage
+    assert features.components["transformer"].config_damage.startswith("config.json ")
+    assert clause in features.components["transformer"].config_damage
+
+
+@pytest.mark.parametrize(("content", "clause"), UNREADABLE[:3])
+def test_a_shard_index_that_cannot_be_read_is_named(copy_of_tiny_model, content: str, clause: str) -> None:
+    index = copy_of_tiny_model() / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(content)
+    with pytest.raises(CheckpointDamaged, match=clause) as raised:
+        read_features(index.parent.parent)
+    assert str(index) in str(raised.value)
 
 
 @pytest.mark.parametrize(

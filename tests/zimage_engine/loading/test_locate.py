@@ -10,6 +10,7 @@ import pytest
 from tests.stand_in_hub import StandInHub
 from zimage_engine.checkpoint.features import read_features
 from zimage_engine.errors import CheckpointNotFound
+from zimage_engine.loading.adapter import ModelLoaderAdapter
 from zimage_engine.loading.locate import locate, missing_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -133,3 +134,24 @@ def test_what_is_neither_folder_nor_id_is_refused(name: str, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointNotFound, match="there is nothing at"):
         locate(name)
+
+
+def test_a_revision_after_the_id_chooses_the_snapshot(hub_cache: Path, tiny_model: Path) -> None:
+    newest = put_into_cache(hub_cache, "someone/tiny-z-image", tiny_model)
+    older = newest.parent / ("f" * 40)
+    shutil.copytree(tiny_model, older)
+    (newest.parent.parent / "refs" / "v1").write_text(older.name)
+    assert locate("someone/tiny-z-image") == newest
+    assert locate(f"someone/tiny-z-image@{older.name}") == older
+    assert locate("someone/tiny-z-image@v1") == older
+    with pytest.raises(CheckpointNotFound):
+        locate("someone/tiny-z-image@v2")
+
+
+def test_the_commit_that_an_id_was_resolved_to_is_explained(hub_cache: Path, tiny_model: Path) -> None:
+    put_into_cache(hub_cache, "someone/tiny-z-image", tiny_model)
+    adapter = ModelLoaderAdapter("someone/tiny-z-image")
+    assert adapter.commit == COMMIT
+    assert f"at the commit {COMMIT}" in adapter.explain()
+    assert ModelLoaderAdapter(tiny_model).commit is None
+    assert "commit" not in ModelLoaderAdapter(tiny_model).explain()

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from tests.zimage_engine.tiny_models import write_tiny_sdxl
 from zimage_engine.errors import CheckpointDamaged, CheckpointNotFound, InvalidRequest
-from zimage_engine.loading.lora import LoraWeight, apply_loras, remove_loras
+from zimage_engine.loading.lora import apply_loras, remove_loras
+from zimage_engine.loading.lora_weight import LoraWeight
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Tensors = dict[str, torch.Tensor]

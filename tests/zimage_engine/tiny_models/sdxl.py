@@ -1,11 +1,14 @@
-"""An SDXL folder, and its distilled relative for latent consistency."""
+"""An SDXL folder, its distilled relatives, and those with a reduced unet."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from diffusers import (
     AutoencoderKL,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionXLPipeline,
@@ -32,20 +35,54 @@ NOISE_SCHEDULE = {
 }
 
 
-def write_tiny_sdxl(folder: Path, lcm: bool = False) -> Path:
+#: Two down blocks as in the smallest of the published models; each of 64 channels is one head.
+_UNET: dict[str, Any] = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (64, 64),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": [1, 1],
+    "attention_head_dim": [1, 1],
+}
+#: Structures of models cut down from SDXL, as what differs from it.
+REDUCED_UNETS: dict[str, dict[str, Any]] = {
+    # SSD-1B's: another depth for each transformer, and a middle of one resnet.
+    "nested": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (64, 64, 64),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": [1, [1, 1], [1, 2]],
+        "reverse_transformer_layers_per_block": [[1, 1, 2], [2, 1, 1], 1],
+        "attention_head_dim": [1, 1, 1],
+    },
+    # No middle at all, and the way up shallower than the way down.
+    "no-middle": {
+        "mid_block_type": None,
+        "transformer_layers_per_block": [1, 2],
+        "reverse_transformer_layers_per_block": [1, 1],
+    },
+}
+
+
+def write_tiny_sdxl(
+    folder: Path, lcm: bool = False, turbo: bool = False, unet: Mapping[str, Any] | None = None
+) -> Path:
     """Write a whole SDXL folder in bfloat16, the same one every time; it draws 64 pixels to a side.
 
     Head widths and group counts are the published ones. `lcm`: with the guidance embedding and the
-    scheduler of LCM-SDXL.
+    scheduler of LCM-SDXL; `turbo`: with SDXL-Turbo's scheduler. `unet`: what its structure has otherwise.
     """
+    scheduler = _lcm_scheduler() if lcm else _turbo_scheduler() if turbo else _euler_scheduler()
     pipeline = StableDiffusionXLPipeline(
         vae=seeded(_vae()),
         text_encoder=seeded(CLIPTextModel(_text_config("quick_gelu"))),
         text_encoder_2=seeded(CLIPTextModelWithProjection(_text_config("gelu"))),
         tokenizer=_tokenizer(pad_token="<|endoftext|>"),
         tokenizer_2=_tokenizer(pad_token="!"),
-        unet=seeded(_unet(time_cond_proj_dim=256 if lcm else None)),
-        scheduler=_lcm_scheduler() if lcm else _euler_scheduler(),
+        unet=seeded(_unet(time_cond_proj_dim=256 if lcm else None, structure=unet or {})),
+        scheduler=scheduler,
         add_watermarker=False,
     )
     pipeline.save_pretrained(folder)
@@ -68,17 +105,16 @@ def _euler_scheduler() -> EulerDiscreteScheduler:
     )
 
 
-def _unet(time_cond_proj_dim: int | None) -> UNet2DConditionModel:
+def _turbo_scheduler() -> EulerAncestralDiscreteScheduler:
+    return EulerAncestralDiscreteScheduler(**NOISE_SCHEDULE, steps_offset=1, timestep_spacing="trailing")
+
+
+def _unet(time_cond_proj_dim: int | None, structure: Mapping[str, Any]) -> UNet2DConditionModel:
     return UNet2DConditionModel(
+        **{**_UNET, **structure},
         sample_size=32,
         in_channels=4,
         out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(64, 64),
-        layers_per_block=1,
-        transformer_layers_per_block=[1, 1],
-        attention_head_dim=[1, 1],
         cross_attention_dim=2 * TEXT_WIDTH,
         use_linear_projection=True,
         addition_embed_type="text_time",

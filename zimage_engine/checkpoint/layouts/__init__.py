@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from zimage_engine.checkpoint.keys import CleanKeys, clean
+from zimage_engine.checkpoint.keys import AVERAGE_RULES, CleanKeys, clean
 from zimage_engine.checkpoint.layouts import pixart, text_encoders, unet, vae, z_image
 from zimage_engine.checkpoint.layouts.rewrite import Drop, Layout, recipes
 from zimage_engine.checkpoint.parts import Part, Recipe
@@ -41,6 +41,9 @@ _SCALE = re.compile(r"(.+)\.(?:weight_scale|scale_weight)")
 _NUNCHAKU = re.compile(r".+\.(?:qweight|wscales|proj_down)")
 
 _DROP_TRAINING = Repair("drop-training-tensors", "training needs them, drawing does not")
+_PARTIAL_AVERAGE = Repair(
+    "leave-partial-average", "weights of which one part is averaged and the other is not were never one model"
+)
 _DEQUANTISE = Repair("apply-fp8-scales", "the stored values are the weights divided by their scale")
 
 
@@ -95,6 +98,16 @@ def _read_component(keys: CleanKeys, facts: Mapping[str, TensorFacts]) -> tuple[
     places = layout.places(shapes) if layout.places else {}
     rows = tuple((re.compile(row.pattern), row) for row in layout.rows)
     drops = tuple((re.compile(drop.pattern), drop) for drop in layout.drops)
+    if keys.averaged:
+        takes = [
+            name for name in names if any(pattern.fullmatch(_placed(name, places)) for pattern, _ in rows)
+        ]
+        keys, left = _plain_where_average_is_partial(keys, takes)
+        if left:
+            names |= {name: keys.stored[name] for name in takes}
+            shapes = {name: facts[stored].shape for name, stored in names.items()}
+            dropped |= dict.fromkeys(left, _PARTIAL_AVERAGE.because)
+            dropped = {stored: because for stored, because in dropped.items() if stored not in names.values()}
     for name, stored in names.items():
         placed = _placed(name, places)
         row, match = next(((r, m) for p, r in rows if (m := p.fullmatch(placed))), (None, None))
@@ -142,6 +155,26 @@ def _read_component(keys: CleanKeys, facts: Mapping[str, TensorFacts]) -> tuple[
     return part, rest
 
 
+def _plain_where_average_is_partial(keys: CleanKeys, takes: list[str]) -> tuple[CleanKeys, list[str]]:
+    """The keys with the plain weights wherever the average does not hold all that the model `takes`.
+
+    Beside them the stored names that are left out for it. Raises CheckpointDamaged where neither is whole.
+    """
+    averaged = [name for name in takes if name in keys.averaged]
+    if len(averaged) == len(takes) or not averaged:
+        return keys, []
+    alone = [name for name in averaged if name not in keys.plain]
+    if alone:
+        raise CheckpointDamaged(
+            f"neither the averaged weights are whole ({len(averaged)} of {len(takes)} tensors) nor the plain "
+            f"ones ({alone[0]!r} is there only averaged); fetch the file again"
+        )
+    left = [keys.stored[name] for name in averaged]
+    stored = {**keys.stored, **{name: keys.plain[name] for name in averaged}}
+    uses = tuple(use for use in keys.uses if use[0].name not in AVERAGE_RULES)
+    return replace(keys, stored=stored, uses=(*uses, (_PARTIAL_AVERAGE, tuple(left)))), left
+
+
 def _set_aside(
     keys: CleanKeys, facts: Mapping[str, TensorFacts]
 ) -> tuple[dict[str, str], dict[str, str], bool, dict[str, str]]:
@@ -186,7 +219,17 @@ def _placed(name: str, places: Mapping[str, str]) -> str:
 
 
 def _reads_as(made: Iterable[Recipe], prefix: str, layout: Layout) -> bool:
-    return all(recipe.source == prefix + recipe.name for recipe in made)
+    return all(
+        recipe.source == prefix + recipe.name or _stock_name(recipe.source, layout) == recipe.name
+        for recipe in made
+    )
+
+
+def _stock_name(stored: str, layout: Layout) -> str:
+    for pattern, name in layout.stock_renames:
+        if match := re.fullmatch(pattern, stored):
+            return match.expand(name)
+    return stored
 
 
 def _is_plain(recipe: Recipe, stored: TensorFacts) -> bool:

@@ -44,7 +44,8 @@ class Layout:
     """One arrangement of one model's tensors. `recognises` reads clean names and shapes.
 
     `places` gives, for layouts that number their blocks otherwise, block prefixes and what they are called
-    in the rows. `stock_prefixes` may stand in front of every name for the stock loader.
+    in the rows. `stock_prefixes` may stand in front of every name for the stock loader. `stock_renames` are
+    patterns of stored names and what the stock loader itself makes of them.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Layout:
     places: Callable[[Shapes], Mapping[str, str]] | None = None
     stock_prefixes: tuple[str, ...] = ("",)
     renumbering: Repair | None = None
+    stock_renames: tuple[tuple[str, str], ...] = ()
 
 
 def same(pattern: str) -> Rewrite:

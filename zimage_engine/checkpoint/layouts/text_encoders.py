@@ -26,6 +26,17 @@ _OPEN_PARTS = {
     r"mlp\.c_fc": "mlp.fc1",
     r"mlp\.c_proj": "mlp.fc2",
 }
+_T5_WORDS, _T5_DOUBLE = "shared.weight", r"encoder\.embed_tokens\.weight"
+_T5_ROWS = (
+    same(r"encoder\.final_layer_norm\.weight"),
+    same(
+        r"encoder\.block\.\d+\.layer\.(?:0\.SelfAttention\.(?:[qkvo]|relative_attention_bias)"
+        r"|1\.DenseReluDense\.w[io](?:_[01])?|[01]\.layer_norm)\.weight"
+    ),
+)
+_T5_DECODER = Drop(
+    r"decoder\..+|lm_head\.weight", "it writes text, which drawing does not need", stock_ignores=True
+)
 _MARK = "encoder.layers.0.self_attn.q_proj.weight"
 
 LAYOUTS = (
@@ -52,6 +63,7 @@ LAYOUTS = (
         "CLIP's layers with a projection are its text model with projection",
         (Rewrite(_CLIP_NAMES, (r"text_model.\1",)), same(r"text_projection\.weight")),
         (_BUFFERS,),
+        stock_renames=((r"((?:embeddings|encoder|final_layer_norm)\..+)", r"text_model.\1"),),
     ),
     Layout(
         "OpenCLIP",
@@ -95,21 +107,21 @@ LAYOUTS = (
     Layout(
         "transformers",
         "T5EncoderModel",
-        has("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"),
+        has("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight", _T5_WORDS),
         "blocks of self attention under an encoder are T5",
-        (
-            same(r"shared\.weight|encoder\.(?:embed_tokens|final_layer_norm)\.weight"),
-            same(
-                r"encoder\.block\.\d+\.layer\.(?:0\.SelfAttention\.(?:[qkvo]|relative_attention_bias)"
-                r"|1\.DenseReluDense\.w[io](?:_[01])?|[01]\.layer_norm)\.weight"
-            ),
+        (same(rf"shared\.weight|{_T5_DOUBLE}"), *_T5_ROWS),
+        (_T5_DECODER,),
+    ),
+    Layout(
+        "transformers, words under the encoder",
+        "T5EncoderModel",
+        both(
+            has("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"),
+            lacks(_T5_WORDS),
         ),
-        (
-            Drop(
-                r"decoder\..+|lm_head\.weight",
-                "it writes text, which drawing does not need",
-                stock_ignores=True,
-            ),
-        ),
+        "blocks of self attention under an encoder are T5, and the encoder's words are the shared ones",
+        (Rewrite(_T5_DOUBLE, (_T5_WORDS,)), *_T5_ROWS),
+        (_T5_DECODER,),
+        stock_renames=((_T5_DOUBLE, _T5_WORDS),),
     ),
 )

@@ -1,0 +1,59 @@
+"""What the guard did, in sentences for the person whose picture it is; pure, knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from zimage_engine.types import GuardTrace, GuardTrip, Notice
+
+_WHERE: Mapping[str, str] = {
+    "encode": "the text encoder's answer",
+    "denoise": "the denoiser's output",
+    "decode": "the decoded picture",
+}
+_HOW: Mapping[str, str] = {
+    "same_inputs": "done again from the same inputs it was sound: the picture is what it would have been",
+    "lower_guidance": "drawn on from there with lower guidance it was sound",
+    "plain_attention": "with attention computed without fused kernels it was sound",
+    "float32": "computed in float32 it was sound",
+    "rest_float32": "everything from there on was computed in float32",
+    "tiled": "decoded in float32 and in pieces it was sound; look for seams",
+}
+
+
+def guard_notices(trace: GuardTrace, asked_guidance_scale: float) -> tuple[Notice, ...]:
+    """A notice for each fault that was recovered from, for lowered guidance and for clipped values."""
+    notices = [_recovered(trip) for trip in trace.trips if trip.stage in _WHERE]
+    notices += [_redrawn(trip) for trip in trace.trips if trip.stage == "picture" and trip.recovered_by]
+    ended = trace.final_guidance_scale
+    if ended is not None and ended < asked_guidance_scale:
+        notices.append(
+            Notice(
+                "guidance_lowered",
+                f"guidance was lowered from {asked_guidance_scale:g} to {ended:g} while drawing, "
+                "because with more the values left what can be computed; ask for less, or another seed",
+            )
+        )
+    if trace.clipped_values:
+        notices.append(
+            Notice(
+                "values_clipped",
+                f"{trace.clipped_values} values of the denoiser's output were far outside what it should "
+                "give and were clipped; the picture may show it",
+            )
+        )
+    return tuple(notices)
+
+
+def _recovered(trip: GuardTrip) -> Notice:
+    step = f" at step {trip.step}" if trip.step is not None else ""
+    how = _HOW[trip.recovered_by or "same_inputs"]
+    what = {"nan": "was not a number", "inf": "was infinite"}.get(trip.finding, "was absurdly large")
+    return Notice("guard_recovered", f"{_WHERE[trip.stage]}{step} {what}; {how}")
+
+
+def _redrawn(trip: GuardTrip) -> Notice:
+    return Notice(
+        "picture_redrawn",
+        "the picture looked wrong, so it was drawn once more in float32, which is the one that you see",
+    )
