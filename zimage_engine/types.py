@@ -186,7 +186,7 @@ class GenerationResult:
 class ModelDescription:
     """What a loaded model tells about itself to whoever talks to it without torch.
 
-    Sizes are pixels; `max_side` bounds width and height. `tokenizer_json` is the text of a `tokenizers`
+    Sizes are pixels; `max_side` bounds width and height, `max_steps` the steps. `tokenizer_json` is the text of a `tokenizers`
     file ("" where the model has none), so that prompts can be counted elsewhere; `token_limit` is how many
     of a prompt's own tokens reach the text encoder, the chat template's already taken off.
     """
@@ -203,6 +203,7 @@ class ModelDescription:
     token_limit: int
     tokenizer_json: str = field(repr=False, default="")
     max_side: int = 2048
+    max_steps: int = 100
 
 
 @dataclass(frozen=True, slots=True)

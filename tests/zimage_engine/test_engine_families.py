@@ -13,6 +13,7 @@ from PIL import Image, ImageChops
 
 from tests.zimage_engine.tiny_models import write_tiny_pixart, write_tiny_sdxl, write_tiny_z_image
 from zimage_engine import Engine, GenerationRequest, StepProgress
+from zimage_engine.errors import InvalidRequest
 
 ASKED = GenerationRequest(
     prompt="A red circle", seed=11, width=64, height=48, num_inference_steps=4, enhance=False
@@ -111,3 +112,16 @@ def test_z_image_with_the_published_head_width_draws(tmp_path: Path) -> None:
     assert engine.description.family == "z-image"
     (image,) = engine.generate(replace(ASKED, width=32, height=32, num_inference_steps=2)).images
     assert image.size == (32, 32)
+
+
+def test_one_step_draws_a_picture(engine: Engine) -> None:
+    """The stock PixArt pipeline raises here with its own scheduler."""
+    drawn = engine.generate(replace(ASKED, num_inference_steps=1))
+    assert drawn.images[0].size == (64, 48) and drawn.report.num_inference_steps == 1
+
+
+def test_more_steps_than_the_scheduler_has_are_refused(engine: Engine) -> None:
+    most = engine.description.max_steps
+    assert most == (50 if engine.description.family == "sdxl-lcm" else 100)
+    with pytest.raises(InvalidRequest, match=f"num_inference_steps must be from 1 to {most}, got {most + 1}"):
+        engine.generate(replace(ASKED, num_inference_steps=most + 1))

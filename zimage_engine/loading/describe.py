@@ -8,6 +8,9 @@ from typing import Any
 from zimage_engine.families import ModelFamily
 from zimage_engine.types import ModelDescription
 
+#: No turbo model draws better with more, and a mistyped number would hold the device for hours.
+MAX_STEPS = 100
+
 
 def describe(pipeline: Any, family: ModelFamily, model_id: str, device: str) -> ModelDescription:
     """The description of `pipeline` under the name `model_id`; sizes come from the model, not from a name."""
@@ -35,6 +38,8 @@ def describe(pipeline: Any, family: ModelFamily, model_id: str, device: str) -> 
         - (_frame_tokens(pipeline.tokenizer) if family.has_chat_template else 0),
         tokenizer_json=_tokenizer_json(pipeline.tokenizer),
         max_side=max_side,
+        # LCM takes its steps out of those that it was distilled on.
+        max_steps=min(MAX_STEPS, pipeline.scheduler.config.get("original_inference_steps") or MAX_STEPS),
     )
 
 

@@ -131,7 +131,9 @@ def guarded_class(stock: Any) -> Any:
             model_output = self.watch.judged(self, model_output, sample)
             stepped = super().step(model_output, timestep, sample, *args, **kwargs)
             self.watch.stepped(stepped[0])
-            return stepped
+            # PixArt's pipeline takes the second value of a drawing in one step: the picture that is meant,
+            # which those schedulers do not give that have arrived there after it.
+            return (*stepped, stepped[0]) if isinstance(stepped, tuple) and len(stepped) == 1 else stepped
 
     if not hasattr(stock, "scale_model_input"):
         del Guarded.scale_model_input

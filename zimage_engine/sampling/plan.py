@@ -12,7 +12,6 @@ from zimage_engine.families import ModelFamily, family_named
 from zimage_engine.types import EnhancedPrompt, GenerationRequest, ModelDescription, Notice
 
 MAX_PICTURES = 10
-MAX_STEPS = 100
 MAX_GUIDANCE_SCALE = 20.0
 #: torch's CPU generator keeps 32 bits of a seed: beyond this, two seeds would draw one picture.
 MAX_SEED = 2**32 - 1
@@ -55,7 +54,7 @@ def resolve(request: GenerationRequest, model: ModelDescription) -> SamplingPlan
     family = family_named(model.family)
     count = _whole_number("n", request.n, 1, MAX_PICTURES)
     steps = _default(request.num_inference_steps, model.default_steps)
-    steps = _whole_number("num_inference_steps", steps, 1, MAX_STEPS)
+    steps = _whole_number("num_inference_steps", steps, 1, model.max_steps)
     guidance_scale = max(1.0, _guidance(_default(request.guidance_scale, model.default_guidance_scale)))
     width_px = _side("width", _default(request.width, model.native_width), model)
     height_px = _side("height", _default(request.height, model.native_height), model)
