@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -248,7 +249,7 @@ def photo_with_shapes(side_px: int, rng: np.random.Generator) -> Image.Image:
 
 
 def dead_leaves(side_px: int, smallest_px: int, rng: np.random.Generator) -> Image.Image:
-    """Opaque discs of any colour, as many of each size as photographs have edges (radius**-3), one on another."""
+    """Opaque discs of any colour, one on another; sizes as in photographs (radius**-3)."""
     picture = Image.new("RGB", (side_px, side_px), (90, 110, 70))
     paint = ImageDraw.Draw(picture)
     biggest_px = side_px / 4
@@ -390,17 +391,21 @@ def main() -> None:
     torch.set_num_threads(1)
     pipeline = demo_pipeline()
     rows = judge(chain(demo_samples(pipeline, seeds), synthetic_samples(seeds)))
-    print(f"{'pictures':42}{'n':>5}  {'should be told':24}{'told':>6}{'told else':>11}")
+    _print(f"{'pictures':42}{'n':>5}  {'should be told':24}{'told':>6}{'told else':>11}")
     for name, row in rows.items():
-        print(f"{name:42}{row.pictures:5}  {row.expected or 'nothing':24}{row.found:6}{row.wrong:11}")
+        _print(f"{name:42}{row.pictures:5}  {row.expected or 'nothing':24}{row.found:6}{row.wrong:11}")
     good = [row for row in rows.values() if row.expected is None]
-    print(
+    _print(
         f"good pictures told of anything: {sum(row.wrong for row in good)} of {sum(r.pictures for r in good)}"
     )
     rng = np.random.default_rng(0)
     timed = {"photograph": natural(1024, 1.0, rng), "flat art": plain_grounds(1024, rng)}
     for name, image in timed.items():
-        print(f"1024x1024 {name}: {milliseconds(image):.1f} ms")
+        _print(f"1024x1024 {name}: {milliseconds(image):.1f} ms")
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":

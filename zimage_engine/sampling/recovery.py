@@ -81,14 +81,14 @@ class LowerGuidance:
 
 
 class PlainAttention:
-    """Attention without a fused kernel."""
+    """Attention without a fused kernel; to the picture's end where that has helped once already."""
 
     name = "plain_attention"
 
     def measures(self, facts: Facts) -> tuple[Measures, ...] | str:
         if facts.current.plain_attention or facts.current.float32:
             return "attention is plain already"
-        return (replace(facts.current, plain_attention=True),)
+        return (replace(facts.current, plain_attention=True, lasting=self.name in facts.helped),)
 
 
 class Float32:

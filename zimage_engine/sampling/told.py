@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from zimage_engine.types import GuardTrace, GuardTrip, Notice
 
@@ -22,9 +22,13 @@ _HOW: Mapping[str, str] = {
 
 
 def guard_notices(trace: GuardTrace, asked_guidance_scale: float) -> tuple[Notice, ...]:
-    """A notice for each fault that was recovered from, for lowered guidance and for clipped values."""
-    notices = [_recovered(trip) for trip in trace.trips if trip.stage in _WHERE]
-    notices += [_redrawn(trip) for trip in trace.trips if trip.stage == "picture" and trip.recovered_by]
+    """What was recovered from, step by step where it is the same, lowered guidance and clipped values."""
+    alike: dict[tuple[str, str, str], list[GuardTrip]] = {}
+    for trip in trace.trips:
+        if trip.stage in _WHERE:
+            alike.setdefault((trip.stage, trip.finding, trip.recovered_by or ""), []).append(trip)
+    notices = [_recovered(trips) for trips in alike.values()]
+    notices += [_redrawn() for trip in trace.trips if trip.stage == "picture" and trip.recovered_by]
     ended = trace.final_guidance_scale
     if ended is not None and ended < asked_guidance_scale:
         notices.append(
@@ -45,14 +49,17 @@ def guard_notices(trace: GuardTrace, asked_guidance_scale: float) -> tuple[Notic
     return tuple(notices)
 
 
-def _recovered(trip: GuardTrip) -> Notice:
-    step = f" at step {trip.step}" if trip.step is not None else ""
-    how = _HOW[trip.recovered_by or "same_inputs"]
+def _recovered(trips: Sequence[GuardTrip]) -> Notice:
+    """One notice for faults of one kind that one rung helped against."""
+    trip = trips[0]
+    numbers = [str(each.step) for each in trips if each.step is not None]
+    steps = f" at step{'s' * (len(numbers) > 1)} {', '.join(numbers)}" if numbers else ""
     what = {"nan": "was not a number", "inf": "was infinite"}.get(trip.finding, "was absurdly large")
-    return Notice("guard_recovered", f"{_WHERE[trip.stage]}{step} {what}; {how}")
+    how = _HOW[trip.recovered_by or "same_inputs"]
+    return Notice("guard_recovered", f"{_WHERE[trip.stage]}{steps} {what}; {how}")
 
 
-def _redrawn(trip: GuardTrip) -> Notice:
+def _redrawn() -> Notice:
     return Notice(
         "picture_redrawn",
         "the picture looked wrong, so it was drawn once more in float32, which is the one that you see",

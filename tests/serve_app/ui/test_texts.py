@@ -20,6 +20,7 @@ from serve_app.ui.texts import (
     translations,
 )
 from tests.serve_app.ui.painting_service import MODEL
+from zimage_engine import quality
 from zimage_engine.sampling.plan import resolve
 from zimage_engine.types import GenerationRequest, Notice
 
@@ -71,6 +72,10 @@ def test_the_plans_warnings_have_chinese_words() -> None:
     plan = resolve(GenerationRequest("a tree", num_inference_steps=20, guidance_scale=4.0), MODEL)
     assert len(plan.warnings) == 2
     assert {warning.code for warning in plan.warnings} <= set(NOTICES_IN_CHINESE)
+
+
+def test_what_the_picture_check_tells_has_chinese_words() -> None:
+    assert set(quality.CODES) <= set(NOTICES_IN_CHINESE)
 
 
 def test_a_warning_that_we_have_no_chinese_for_is_told_as_it_came() -> None:

@@ -14,7 +14,6 @@ draws each of them with stock diffusers and with the engine, and puts the pictur
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -94,10 +93,7 @@ def write_overflowing(overflow: Overflow, folder: Path) -> Path:
     rows = weights[f"{BLOCK}.attention.to_v.weight"]
     columns = weights[f"{BLOCK}.attention.to_out.0.weight"]
     channel = int(_padding_values(weights, rows, narrow=False).abs().argmax())
-    if overflow.value_factor is None:
-        factor = _aim(weights, rows, channel)
-    else:
-        factor = overflow.value_factor
+    factor = overflow.value_factor or _aim(weights, rows, channel)
     rows[channel] = (rows[channel].double() * factor).to(rows.dtype)
     columns *= overflow.output_factor
     columns[:, channel] = (columns[:, channel].double() / factor).to(columns.dtype)
@@ -120,8 +116,8 @@ def _aim(weights: dict[str, torch.Tensor], rows: torch.Tensor, channel: int) -> 
 
     Less than 0.2 % lies between the two, and rounding the row moves its value, so it is searched for.
     """
-    start = (BFLOAT16_ROUNDS_TO_INF + FLOAT32_MAX) / 2 / float(_padding_values(weights, rows, False)[channel])
-    start = abs(start)
+    between = (BFLOAT16_ROUNDS_TO_INF + FLOAT32_MAX) / 2
+    start = between / abs(float(_padding_values(weights, rows, narrow=False)[channel]))
 
     def room(factor: float) -> float:
         row = (rows[channel].double() * factor).to(rows.dtype)[None]

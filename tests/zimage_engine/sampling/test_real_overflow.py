@@ -1,4 +1,4 @@
-"""Where a model really overflows, stock diffusers draws black and the engine the picture that was asked for."""
+"""Where a model really overflows, stock diffusers draws black and the engine what was asked for."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MOST_MEAN_LEVELS, MOST_LEVELS = 1.0, 24
 HELPERS = {
     FLOAT16: ["float32", "rest_float32"],
     BFLOAT16: ["float32", "rest_float32"],
-    FUSED_ATTENTION: ["plain_attention"] * STEPS,
+    FUSED_ATTENTION: ["plain_attention"] * 2,
 }
 
 Folder = Callable[[Overflow], Path]
