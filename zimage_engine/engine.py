@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage_engine import quality
+from zimage_engine.errors import GuardExhausted
 from zimage_engine.families import ModelFamily
 from zimage_engine.loading.adapter import ModelLoaderAdapter
 from zimage_engine.loading.describe import describe, max_tokens
@@ -82,12 +83,14 @@ class Engine:
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
         loras: Sequence[LoraWeight] = (),
+        dtype: str | None = None,
     ) -> Engine:
         """Load a model folder, single file or hub id; None is the demo model that comes with the package.
 
         `family` says what kind of model it is where the files do not; `base` is a folder or hub id that
         supplies what a single file lacks, `text_encoder` and `vae` are folders or files with that one part.
-        `loras` are put on as by `set_loras`.
+        `loras` are put on as by `set_loras`. `dtype` is "bfloat16", "float32" or "float16", None the family's
+        own; DtypeRefused with the reason where the model does not bear it.
 
         `device` is "cuda", "cuda:1", "mps" or "cpu"; None takes the best there is, in that order.
         Raises DeviceUnavailable, CheckpointNotFound, UnknownFamily or CheckpointDamaged.
@@ -100,6 +103,7 @@ class Engine:
             base=base,
             text_encoder=text_encoder,
             vae=vae,
+            dtype=dtype,
         )
         pipeline = adapter.load().to(chosen)
         engine = cls(pipeline, adapter.family, _model_id(path_or_id), chosen)
@@ -189,24 +193,26 @@ class Engine:
         looks = quality.notices(quality.measure(picture.image))
         if not looks or self._guarded.is_float32:
             return picture, looks
-        again = self._guarded.draw(plan, embeddings, seed, reins.check, lambda *_: None, in_float32=True)
+        started = self._clock()
+        try:
+            again = self._guarded.draw(plan, embeddings, seed, reins.check, lambda *_: None, in_float32=True)
+        except (GuardExhausted, RuntimeError) as error:  # the first picture is whole, and is kept
+            seconds = self._clock() - started
+            attempt = GuardAttempt("float32", "failed", seconds, f"it could not be drawn: {error}")
+            return _with_second_look(picture, getattr(error, "trips", ()), looks, attempt), looks
         looks_again = quality.notices(quality.measure(again.image))
-        same = [notice.code for notice in looks_again] == [notice.code for notice in looks]
-        attempt = GuardAttempt(
-            "float32",
-            "failed" if same else "recovered",
-            again.denoise_seconds + again.decode_seconds,
-            "it came out the same, so it may be what was asked for" if same else "",
-        )
-        kept = picture if same else again
-        trip = GuardTrip("picture", None, looks[0].code, (attempt,))
-        kept = replace(
-            kept,
+        seconds = self._clock() - started
+        if [notice.code for notice in looks_again] == [notice.code for notice in looks]:
+            because = "it came out the same, so it may be what was asked for"
+            attempt = GuardAttempt("float32", "failed", seconds, because)
+            return _with_second_look(picture, again.trace.trips, looks, attempt), looks
+        again = replace(
+            again,
             denoise_seconds=picture.denoise_seconds + again.denoise_seconds,
             decode_seconds=picture.decode_seconds + again.decode_seconds,
-            trace=replace(kept.trace, trips=(*kept.trace.trips, trip)),
         )
-        return kept, looks if same else looks_again
+        attempt = GuardAttempt("float32", "recovered", seconds)
+        return _with_second_look(again, picture.trace.trips, looks, attempt), looks_again
 
     def _report(
         self,
@@ -265,6 +271,17 @@ class _Finished:
     @property
     def seconds(self) -> float:
         return self.drawn.denoise_seconds + self.drawn.decode_seconds + self.refine_seconds
+
+
+def _with_second_look(
+    kept: DrawnPicture,
+    trips_of_the_other: tuple[GuardTrip, ...],
+    looks: tuple[Notice, ...],
+    attempt: GuardAttempt,
+) -> DrawnPicture:
+    """The drawing that is kept, with what was met in the other one, and with why there were two."""
+    trip = GuardTrip("picture", None, looks[0].code, (attempt,))
+    return replace(kept, trace=replace(kept.trace, trips=(*kept.trace.trips, *trips_of_the_other, trip)))
 
 
 class _Reins:

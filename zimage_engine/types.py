@@ -186,9 +186,9 @@ class GenerationResult:
 class ModelDescription:
     """What a loaded model tells about itself to whoever talks to it without torch.
 
-    Sizes are pixels; `max_side` bounds width and height, `max_steps` the steps. `tokenizer_json` is the text of a `tokenizers`
-    file ("" where the model has none), so that prompts can be counted elsewhere; `token_limit` is how many
-    of a prompt's own tokens reach the text encoder, the chat template's already taken off.
+    Sizes are pixels; `max_side` bounds width and height, `max_steps` the steps. `tokenizer_json` is the text
+    of a `tokenizers` file ("" where the model has none), so that prompts can be counted elsewhere;
+    `token_limit` is how many of a prompt's own tokens reach the text encoder, the chat template's off.
     """
 
     id: str

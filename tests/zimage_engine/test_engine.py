@@ -6,10 +6,12 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageChops
+from torch.utils._pytree import tree_map
 
 from tests.zimage_engine.tiny_models import FRAME_TOKENS, NATIVE_SIDE_PX, SIZE_MULTIPLE, TOKENS_PER_SIDE
 from zimage_engine import Engine, GenerationRequest, StepProgress
@@ -309,3 +311,27 @@ def test_a_model_with_fewer_positions_reads_shorter_prompts(copy_of_tiny_model) 
     assert engine.description.token_limit == 64 - FRAME_TOKENS
     (notice,) = engine.generate(replace(ASKED, prompt="x" * 60)).report.warnings
     assert "takes 65 tokens and this model reads 64" in notice.message
+
+
+def test_a_picture_that_only_looks_wrong_is_kept_where_float32_fails(tiny_model: Path) -> None:
+    """A black picture is drawn again, and that drawing breaks down."""
+    engine = Engine.load(tiny_model, device="cpu")
+    calls = 0
+
+    def breaks_down(_module: Any, _inputs: Any, output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return tree_map(lambda value: value * float("nan"), output) if calls > 4 else output
+
+    engine.pipeline.vae.decoder.register_forward_hook(lambda _module, _inputs, output: output * 0 - 1)
+    expected = engine.generate(ASKED)
+    assert expected.report.pictures[0].guard.trips[-1].stage == "picture"
+    hook = engine.pipeline.transformer.register_forward_hook(breaks_down)
+    kept = engine.generate(ASKED)
+    hook.remove()
+    undisturbed = engine.generate(ASKED)
+    assert same(kept.images[0], undisturbed.images[0])
+    trips = kept.report.pictures[0].guard.trips
+    assert [trip.stage for trip in trips] == ["denoise", "picture"]
+    assert trips[-1].attempts[0].outcome == "failed" and "nothing helped" in trips[-1].attempts[0].because
+    assert "guard_recovered" not in {notice.code for notice in kept.report.pictures[0].warnings}

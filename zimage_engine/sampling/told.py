@@ -25,8 +25,8 @@ def guard_notices(trace: GuardTrace, asked_guidance_scale: float) -> tuple[Notic
     """What was recovered from, step by step where it is the same, lowered guidance and clipped values."""
     alike: dict[tuple[str, str, str], list[GuardTrip]] = {}
     for trip in trace.trips:
-        if trip.stage in _WHERE:
-            alike.setdefault((trip.stage, trip.finding, trip.recovered_by or ""), []).append(trip)
+        if trip.stage in _WHERE and trip.recovered_by is not None:
+            alike.setdefault((trip.stage, trip.finding, trip.recovered_by), []).append(trip)
     notices = [_recovered(trips) for trips in alike.values()]
     notices += [_redrawn() for trip in trace.trips if trip.stage == "picture" and trip.recovered_by]
     ended = trace.final_guidance_scale
@@ -55,8 +55,7 @@ def _recovered(trips: Sequence[GuardTrip]) -> Notice:
     numbers = [str(each.step) for each in trips if each.step is not None]
     steps = f" at step{'s' * (len(numbers) > 1)} {', '.join(numbers)}" if numbers else ""
     what = {"nan": "was not a number", "inf": "was infinite"}.get(trip.finding, "was absurdly large")
-    how = _HOW[trip.recovered_by or "same_inputs"]
-    return Notice("guard_recovered", f"{_WHERE[trip.stage]}{steps} {what}; {how}")
+    return Notice("guard_recovered", f"{_WHERE[trip.stage]}{steps} {what}; {_HOW[str(trip.recovered_by)]}")
 
 
 def _redrawn() -> Notice:

@@ -24,7 +24,7 @@ from zimage_engine.errors import GuardExhausted
 from zimage_engine.families import family_named
 from zimage_engine.sampling.pipeline import DrawnPicture, GuardedPipeline, PromptEmbeddings
 from zimage_engine.sampling.plan import SamplingPlan, resolve
-from zimage_engine.types import GenerationRequest, GuardTrace
+from zimage_engine.types import GenerationRequest, GuardTrace, GuardTrip
 
 STEPS = 8
 GUIDANCE = 1.8
@@ -160,6 +160,7 @@ class Rig:
 
     def __init__(self, folder: Path, family: str, offload: str = "none") -> None:
         engine = Engine.load(folder, device="cpu")
+        self.engine = engine
         self.family = family
         self.row = family_named(engine.description.family)
         self.pipeline = engine.pipeline
@@ -200,7 +201,7 @@ class Rig:
         plan = self.plan(guided, steps)
         embeddings = self.guarded.encode(plan, 64) if encode else self.encoded(guided)
         latents: list[torch.Tensor] = []
-        with self._decoded() as decoded:
+        with self.decoded() as decoded:
             drawn: DrawnPicture = self.guarded.draw(
                 plan, embeddings, SEED, check, lambda _step, value: latents.append(value.clone())
             )
@@ -212,7 +213,7 @@ class Rig:
         return Drawn(drawn.image.tobytes(), latents[-1], decoded[-1], trace)
 
     @contextmanager
-    def _decoded(self) -> Iterator[list[torch.Tensor]]:
+    def decoded(self) -> Iterator[list[torch.Tensor]]:
         """The tensors that the pipeline makes pictures of within: the last link where a bad value shows."""
         processor = self.pipeline.image_processor
         stock, seen = processor.postprocess, []
@@ -283,7 +284,7 @@ class Rig:
         return {"conditional": {conditional}, "unconditional": {1 - conditional}, "both": {0, 1}}[half]
 
     def _in_embeddings(self, cell: Cell, done: list[str]) -> list[Any]:
-        """In each text encoder: both read the prompt first, then the negative one if guidance has two halves."""
+        """In each text encoder: it reads the prompt first, then the negative one where there is one."""
         wanted = {"conditional": {0}, "unconditional": {1}, "both": {0, 1}}[cell.half]
         a_round = 2 if cell.doubled else 1
 
@@ -331,7 +332,7 @@ def spoilt(leaf: Any, cell: Cell) -> Any:
     if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
         return leaf
     bad = {"nan": math.nan, "+inf": math.inf, "-inf": -math.inf, "blow-up": BLOW_UPS[cell.place]}
-    spoilt_leaf = leaf.clone()
+    spoilt_leaf = leaf.clone(memory_format=torch.contiguous_format)
     spoilt_leaf.view(-1)[0] = bad[cell.value]
     return spoilt_leaf
 
@@ -365,11 +366,12 @@ _FINDINGS = {"nan": "nan", "+inf": "inf", "-inf": "inf", "blow-up": "out of rang
 
 
 def _wrongly_exhausted(cell: Cell, exhausted: GuardExhausted) -> Iterator[str]:
+    (trip,) = exhausted.trips
     if cell.expected_rung is not None:
-        yield f"exhausted, but {cell.expected_rung} had to help: {exhausted.tried}"
-    where = (_STAGES[cell.place], None if cell.step is None else cell.step + 1)
-    if (exhausted.stage, exhausted.step) != where:
-        yield f"told at {(exhausted.stage, exhausted.step)}, happened at {where}"
+        yield f"exhausted, but {cell.expected_rung} had to help: {trip}"
+    if trip.recovered_by is not None:
+        yield f"exhausted, and yet recovered by {trip.recovered_by}"
+    yield from _wrongly_told(cell, trip)
 
 
 def _wrongly_recovered(cell: Cell, drawn: Drawn, undisturbed: Drawn) -> Iterator[str]:
@@ -380,11 +382,7 @@ def _wrongly_recovered(cell: Cell, drawn: Drawn, undisturbed: Drawn) -> Iterator
     (trip,) = trips
     if trip.recovered_by != cell.expected_rung:
         yield f"recovered by {trip.recovered_by}, not by {cell.expected_rung}"
-    where = (_STAGES[cell.place], None if cell.step is None else cell.step + 1)
-    if (trip.stage, trip.step) != where:
-        yield f"told at {(trip.stage, trip.step)}, happened at {where}"
-    if trip.finding not in _possible_findings(cell):
-        yield f"found {trip.finding}, put in {cell.value}"
+    yield from _wrongly_told(cell, trip)
     if not drawn.is_finite:
         yield "a value that is not finite went into the picture"
     if cell.times == "once" and not drawn.same_as(undisturbed):
@@ -393,6 +391,14 @@ def _wrongly_recovered(cell: Cell, drawn: Drawn, undisturbed: Drawn) -> Iterator
     ended = drawn.trace.final_guidance_scale
     if lowered != (ended is not None and ended < (GUIDANCE if cell.guided else 1.0)):
         yield f"guidance ended at {ended}"
+
+
+def _wrongly_told(cell: Cell, trip: GuardTrip) -> Iterator[str]:
+    where = (_STAGES[cell.place], None if cell.step is None else cell.step + 1)
+    if (trip.stage, trip.step) != where:
+        yield f"told at {(trip.stage, trip.step)}, happened at {where}"
+    if trip.finding not in _possible_findings(cell):
+        yield f"found {trip.finding}, put in {cell.value}"
 
 
 def _possible_findings(cell: Cell) -> set[str]:
@@ -409,7 +415,7 @@ def denoiser_cells(
     family: str, guided: bool, steps: Iterable[int], offload: str = "none", values: Iterable[str] = VALUES
 ) -> Iterator[Cell]:
     """Every value, half and number of times at each of `steps`."""
-    times = tuple(TIMES)[:2] + ("always",) if guided else tuple(TIMES)
+    times = (*tuple(TIMES)[:2], "always") if guided else tuple(TIMES)
     for value, step, half, often in itertools.product(values, steps, halves_of(family, guided), times):
         yield Cell(family, "denoiser", value, often, step, half, guided, offload)
 
@@ -447,14 +453,18 @@ def full_matrix() -> list[Cell]:
 
 def suite_matrix() -> list[Cell]:
     """All of Z-Image's faults in the denoiser with guidance; of each other dimension every value once."""
-    cells = [*denoiser_cells("z-image", True, range(STEPS)), *spread(denoiser_cells("z-image", False, range(STEPS)))]
+    cells = [
+        *denoiser_cells("z-image", True, range(STEPS)),
+        *spread(denoiser_cells("z-image", False, range(STEPS))),
+    ]
     for family, guided in (("pixart", True), ("pixart", False), ("sdxl-lcm", True), ("sdxl-euler", True)):
         cells += spread(denoiser_cells(family, guided, range(STEPS)))
     for family in ("z-image", "pixart", "sdxl-lcm"):
         cells += other_cells(family, guided=True)
     for family, offload in itertools.product(("z-image", "pixart", "sdxl-lcm"), tuple(OFFLOADS)[1:]):
         cells += denoiser_cells(family, False, (5,), offload, values=("nan",))
-        cells += denoiser_cells(family, True, (2,), offload, values=("+inf",))
+        guided = denoiser_cells(family, True, (2,), offload, values=("+inf",))
+        cells += [cell for cell in guided if cell.half in ("both", "conditional")]
         cells += other_cells(family, False, offload, values=("nan",))
     return cells
 

@@ -88,7 +88,9 @@ def test_a_rung_offers_measures_or_says_why_not(
         assert measures == offered
     else:
         assert isinstance(measures, tuple)
-        assert [replace(each, guidance_scale=round(each.guidance_scale, 6)) for each in measures] == [*offered]
+        assert [replace(each, guidance_scale=round(each.guidance_scale, 6)) for each in measures] == [
+            *offered
+        ]
 
 
 def test_guidance_is_lowered_to_off_and_never_raised() -> None:
@@ -186,7 +188,7 @@ def test_the_way_up_the_ladder(facts: Facts, attempts: list[tuple[str, str, str]
 
     assert told(going) == attempts
     assert len(tried) == sum(outcome == "failed" for _, outcome, _ in attempts)
-    assert exhausted.tried == tuple((rung, outcome) for rung, outcome, _ in attempts)
+    assert exhausted.trips == (going.report,)
 
 
 def test_the_order_is_the_one_that_the_family_lists() -> None:
@@ -250,8 +252,13 @@ def test_exhausted_is_a_sentence_with_fields_that_survive_pickling(
 
     for each in (exhausted, travelled):
         assert isinstance(each, EngineError)
-        assert (each.stage, each.step) == (stage, step)
-        assert each.tried == (("same_inputs", "failed"), ("float32", "failed"), ("tiled", "skipped"))
+        (told_trip,) = each.trips
+        assert (told_trip.stage, told_trip.step, told_trip.recovered_by) == (stage, step, None)
+        assert [(attempt.rung, attempt.outcome) for attempt in told_trip.attempts] == [
+            ("same_inputs", "failed"),
+            ("float32", "failed"),
+            ("tiled", "skipped"),
+        ]
         assert str(each).startswith(where)
         assert "(tried: same_inputs, float32); no picture was made" in str(each)
         assert "draw again" in str(each)
@@ -260,4 +267,7 @@ def test_exhausted_is_a_sentence_with_fields_that_survive_pickling(
 def test_exhausted_where_nothing_could_be_tried_says_so() -> None:
     _, exhausted = climbed(trip(("lower_guidance",)), Facts(OFF))
     assert "(tried: nothing could be)" in str(exhausted)
-    assert exhausted.tried == (("lower_guidance", "skipped"),)
+    (told_trip,) = exhausted.trips
+    assert [(attempt.rung, attempt.outcome) for attempt in told_trip.attempts] == [
+        ("lower_guidance", "skipped")
+    ]
