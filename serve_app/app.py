@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve_app.settings import Settings
+from serve_app.settings import Settings, allocator_environment
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -53,10 +53,7 @@ def build(settings: Settings) -> "Application":
         ray_actor_options={
             "num_cpus": settings.worker_cpus,
             "num_gpus": num_gpus,
-            # Twenty sizes in a row would otherwise wear the device's memory out.
-            "runtime_env": {"env_vars": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}}
-            if num_gpus
-            else {},
+            "runtime_env": {"env_vars": allocator_environment()} if num_gpus else {},
         },
     )
     ingress = serve.deployment(

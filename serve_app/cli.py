@@ -21,6 +21,7 @@ import typer
 from serve_app.cli_cache import cache_app
 from serve_app.cli_inspect import inspect
 from serve_app.cli_names import with_launch_options, with_option_names
+from serve_app.cli_plan import plan
 from serve_app.terminal import DownloadBar, StepBar, say
 from zimage_engine.errors import EngineError, InvalidRequest
 from zimage_engine.types import GenerationReport, GenerationRequest, PictureReport
@@ -57,6 +58,7 @@ app = typer.Typer(
 )
 
 app.command()(inspect)
+app.command()(plan)
 app.add_typer(cache_app, name="cache")
 
 ModelOption = Annotated[
@@ -114,6 +116,15 @@ LoraOption = Annotated[
         show_default=False,
     ),
 ]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What to compute in: bfloat16, float32 (twice the memory), or float16 where the model bears it."
+        " Without it: bfloat16.",
+        show_default=False,
+    ),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
@@ -162,6 +173,7 @@ def launch(
     vae: VaeOption = None,
     family: FamilyOption = None,
     lora: LoraOption = None,
+    dtype: DtypeOption = None,
     port: Annotated[
         int | None,
         typer.Option(
@@ -219,6 +231,7 @@ def launch(
             "vae": vae,
             "family": family,
             "loras": lora or None,
+            "dtype": dtype,
             "port": port,
             "host": host,
             "device": device,
@@ -267,6 +280,7 @@ def generate(
     vae: VaeOption = None,
     family: FamilyOption = None,
     lora: LoraOption = None,
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
     seed: Annotated[
         int | None,
@@ -358,7 +372,14 @@ def generate(
 
         say(f"Loading {model or 'the demo model'} ...", only_on_a_terminal=True)
         engine = Engine.load(
-            model, device, family=family, base=base, text_encoder=text_encoder, vae=vae, loras=loras
+            model,
+            device,
+            family=family,
+            base=base,
+            text_encoder=text_encoder,
+            vae=vae,
+            loras=loras,
+            dtype=dtype,
         )
         reports: list[GenerationReport] = []
         # One call a picture, so that what is drawn is on the disk at once, whatever happens to the next.

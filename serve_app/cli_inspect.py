@@ -21,37 +21,50 @@ EXIT_WOULD_NOT_LOAD = 1
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model folder, a single file of weights, or a LoRA.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH_OR_ID",
+            help="A model folder, a single file of weights, a LoRA, or the hub id of a model that was "
+            "downloaded.",
+        ),
+    ],
     family: Annotated[
         str | None, typer.Option("--family", help="The kind of model, where you know better.")
     ] = None,
     base: Annotated[
-        Path | None, typer.Option("--base", help="A model folder for what the file lacks.")
+        str | None, typer.Option("--base", help="A model folder for what the file lacks.")
     ] = None,
     text_encoder: Annotated[
-        Path | None, typer.Option("--text-encoder", help="A folder or file with the text encoder.")
+        str | None, typer.Option("--text-encoder", help="A folder or file with the text encoder.")
     ] = None,
-    vae: Annotated[Path | None, typer.Option("--vae", help="A folder or file with the VAE.")] = None,
+    vae: Annotated[str | None, typer.Option("--vae", help="A folder or file with the VAE.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="What it is to be computed in: bfloat16, float32 or float16."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Say what a checkpoint is, what would be mended, and whether it would load. Writes nothing.
+    """Say what a checkpoint is, what would be mended, and whether it would load. Writes nothing,
+    fetches nothing.
 
     Of a LoRA it says what it was made for and how it is used; with --base, whether it fits that model.
     """
     from zimage_engine import ModelLoaderAdapter
     from zimage_engine.loading.lora_description import is_lora
 
-    if is_lora(path.expanduser()):
-        _inspect_lora(path.expanduser(), base, as_json)
+    file = Path(path).expanduser()
+    if is_lora(file):
+        _inspect_lora(file, base, as_json)
         return
-    adapter = ModelLoaderAdapter(path, family, base=base, text_encoder=text_encoder, vae=vae)
+    adapter = ModelLoaderAdapter(
+        path, family, base=base, text_encoder=text_encoder, vae=vae, dtype=dtype, fetch=False
+    )
     try:
         explanation = adapter.explain()
     except EngineError as error:
         if as_json:
-            _print_json(
-                {"path": str(path), "loads": False, "error": type(error).__name__, "message": str(error)}
-            )
+            _print_json({"path": path, "loads": False, "error": type(error).__name__, "message": str(error)})
         else:
             typer.echo(f"Would not load: {error}")
         raise typer.Exit(EXIT_WOULD_NOT_LOAD) from None
@@ -61,7 +74,7 @@ def inspect(
         typer.echo(explanation)
 
 
-def _inspect_lora(path: Path, base: Path | None, as_json: bool) -> None:
+def _inspect_lora(path: Path, base: str | None, as_json: bool) -> None:
     from zimage_engine.loading.lora_description import describe_lora
 
     facts: dict[str, Any] = {"path": str(path), "kind": "lora", "loads": False}
@@ -94,14 +107,13 @@ def _inspect_lora(path: Path, base: Path | None, as_json: bool) -> None:
     typer.echo(f'  use: zimage-turbo generate "..." -o picture.png --model {model} --lora {path}=1.0')
 
 
-def _modules_in(lora: LoraDescription, base: Path) -> int | None:
+def _modules_in(lora: LoraDescription, base: str) -> int | None:
     """How many modules of the model at `base` it adapts; None where only diffusers can tell."""
     from zimage_engine import ModelLoaderAdapter
     from zimage_engine.loading.lora_description import adapted_modules
 
-    denoiser = next(
-        (model for model in ModelLoaderAdapter(base).mending.models if model.name == "transformer"), None
-    )
+    adapter = ModelLoaderAdapter(base, fetch=False)
+    denoiser = next((model for model in adapter.mending.models if model.name == "transformer"), None)
     return None if denoiser is None else adapted_modules(lora.path, denoiser.shapes)
 
 

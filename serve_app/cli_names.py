@@ -25,6 +25,7 @@ OPTION_OF_SETTING: Mapping[str, str] = {
     "text_encoder": "--text-encoder",
     "vae": "--vae",
     "loras": "--lora",
+    "dtype": "--dtype",
     "port": "--port",
     "host": "--host",
     "device": "--device",

@@ -23,6 +23,7 @@ from zimage_engine.errors import (
     GenerationCancelled,
     GuardExhausted,
     InvalidRequest,
+    OutOfMemory,
     ScheduleInvalid,
 )
 
@@ -137,6 +138,7 @@ ROWS: dict[type[BaseException], ErrorRow] = {
     DeadlineExceeded: ErrorRow(504, SERVER, "deadline_exceeded"),
     GuardExhausted: ErrorRow(500, SERVER, "guard_exhausted", for_the_caller=True),
     ScheduleInvalid: ErrorRow(500, SERVER, "schedule_invalid", for_the_caller=True),
+    OutOfMemory: ErrorRow(503, SERVER, "out_of_memory", headers={"Retry-After": "15"}),
     DeviceUnavailable: ErrorRow(503, SERVER, "device_unavailable"),
     EngineError: ErrorRow(500, SERVER, "engine_error"),
     Exception: ErrorRow(500, SERVER, "internal_error"),

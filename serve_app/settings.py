@@ -11,7 +11,7 @@ import ipaddress
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -22,6 +22,8 @@ from zimage_engine.loading.lora_weight import LoraWeight, parse_lora
 
 ENVIRONMENT_PREFIX = "ZIMAGE_"
 CONFIG_FILE_VARIABLE = "ZIMAGE_CONFIG"
+#: PyTorch's own, the present name and the one before.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 class SettingsError(ValueError):
@@ -56,6 +58,10 @@ class Settings(BaseSettings):
     loras: Annotated[tuple[LoraWeight, ...], NoDecode] = Field(
         default=(),
         description="LoRA files as PATH or PATH=WEIGHT (1 is as trained): a list, or text with commas.",
+    )
+    dtype: Literal["bfloat16", "float32", "float16"] | None = Field(
+        default=None,
+        description="bfloat16, float32 or float16, where the model bears it; empty: the family's own.",
     )
     device: str | None = Field(
         default=None, description="cuda, cuda:1, mps or cpu; empty: the best that the worker finds."
@@ -106,7 +112,9 @@ class Settings(BaseSettings):
         description="Let `launch` put HAProxy in front, not Serve's own proxy; empty: where it is there.",
     )
 
-    @field_validator("model", "family", "base", "text_encoder", "vae", "device", "api_key", mode="before")
+    @field_validator(
+        "model", "family", "base", "text_encoder", "vae", "dtype", "device", "api_key", mode="before"
+    )
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         """An empty string, as `ZIMAGE_MODEL=` gives it, is no value."""
@@ -185,6 +193,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def allocator_environment() -> dict[str, str]:
+    """What a worker's environment says to PyTorch's allocator, before CUDA starts.
+
+    Twenty sizes in a row would otherwise wear the device's memory out. What a person has set stays.
+    """
+    chosen = {name: value for name in ALLOCATOR_VARIABLES if (value := os.environ.get(name))}
+    return chosen or {ALLOCATOR_VARIABLES[0]: "expandable_segments:True"}
 
 
 def refuse_unknown_variables(settings: type[BaseSettings]) -> None:

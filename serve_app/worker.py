@@ -147,6 +147,7 @@ def _load_engine(settings: Settings) -> Engine:
         text_encoder=settings.text_encoder,
         vae=settings.vae,
         loras=settings.loras,
+        dtype=settings.dtype,
     )
 
 

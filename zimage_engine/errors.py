@@ -16,6 +16,8 @@
     +-- GuardExhausted            a bad value came back whatever was tried; there is no picture
     +-- ScheduleInvalid           the scheduler's timesteps cannot be drawn with
     +-- DeviceUnavailable
+    +-- OutOfMemory               the device's memory was used up whatever was moved off it
+    +-- DoesNotFit                the picture needs more memory than there is; names the size that fits
 
 Fields are positional, because exceptions travel between processes pickled, and a keyword-only
 field does not survive that. Messages are sentences: expected, got, what to do.
@@ -110,3 +112,47 @@ class ScheduleInvalid(EngineError):
 
 class DeviceUnavailable(EngineError):
     """The device that was asked for is not there."""
+
+
+class DoesNotFit(EngineError):
+    """The picture needs more memory than may be used, whatever is offloaded.
+
+    `largest_size` is (width, height) in pixels of the largest picture of the same shape that fits, None where
+    none does; `needed_bytes` is what the leanest way would have taken of the device, `budget_bytes` what it
+    might take.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        largest_size: tuple[int, int] | None = None,
+        needed_bytes: int | None = None,
+        budget_bytes: int | None = None,
+    ) -> None:
+        super().__init__(message, largest_size, needed_bytes, budget_bytes)
+        self.message = message
+        self.largest_size = largest_size
+        self.needed_bytes = needed_bytes
+        self.budget_bytes = budget_bytes
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class OutOfMemory(EngineError):
+    """The device's memory was used up while drawing, whatever was moved off it; the next request may do.
+
+    `stage` is "encode", "denoise" or "decode"; `largest_size` (width, height) in pixels is the largest
+    picture of the same shape that should fit, None where none is known to.
+    """
+
+    def __init__(
+        self, message: str, stage: str | None = None, largest_size: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(message, stage, largest_size)
+        self.message = message
+        self.stage = stage
+        self.largest_size = largest_size
+
+    def __str__(self) -> str:
+        return self.message

@@ -121,6 +121,7 @@ REFUSALS_IN_CHINESE: dict[str, str] = {
     "deadline_exceeded": "没能在规定的时间内画完。请减少步数、缩小尺寸，或延长时间。",
     "guard_exhausted": "绘制途中反复出现异常数值，无法恢复，因此没有出图。请换种子或提示词，并检查模型文件。",
     "schedule_invalid": "模型的调度器配置有误，无法绘制。请换一个步数，或检查模型文件。",
+    "out_of_memory": "显存不足，能腾出的都已腾出，仍画不了这张图。请缩小尺寸，或稍后再试。",
     "device_unavailable": "绘图设备不可用。",
     "engine_error": "服务器在画这张图时出了问题，详情见服务器日志。",
     "internal_error": "服务器在画这张图时出了问题，提示词没有问题。详情见服务器日志。",

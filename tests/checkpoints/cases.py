@@ -3,6 +3,7 @@
 A case loads (and draws what the undamaged model draws) unless `error` says how it is refused. `base`: the
 folder that was damaged is named beside the file. `family`: said by the caller. `rounding`: stored in another
 dtype on the way, so that the picture may differ by that rounding. `together`: two or three damages at once.
+`stock_may_not_end`: stock diffusers is tried on it in a process of its own, with limits.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tests.checkpoints import damages as d
-from tests.checkpoints.damages_text_files import TEXT_FILES
+from tests.checkpoints.damages_text_files import TEXT_FILES, cut_off
 
 
 def _as_is(folder):
@@ -31,6 +32,7 @@ class Case:
     family: str = ""
     rounding: bool = False
     together: bool = False
+    stock_may_not_end: bool = False
 
     @property
     def title(self) -> str:
@@ -204,7 +206,6 @@ COMBINED: tuple[tuple[str, d.Damage, dict[str, object]], ...] = (
 #: What depends on the structure of the denoiser.
 OF_STRUCTURE = tuple(row for row in COMMON if row[0] in ("compiled", "denoiser-config-missing"))
 
-#: Not Z-Image's: without a config stock transformers builds the class's default there, 8 billion numbers.
 TEXT_CONFIG_MODELS = ("sdxl", "sdxl-mini", "pixart-alpha", "pixart-sigma")
 TEXT_CONFIG = (
     (
@@ -214,9 +215,20 @@ TEXT_CONFIG = (
     ),
 )
 
+#: Without a config stock transformers builds the class's default, which has 8 billion numbers.
+WITHOUT_END = (
+    Case(
+        "z-image-text-encoder-config-missing",
+        "z-image",
+        d.without("text_encoder/config.json"),
+        ("write-config",),
+        stock_may_not_end=True,
+    ),
+)
+
 #: Fields that the family's published schedule has and the class's defaults may not.
 SCHEDULER_FIELDS: dict[str, tuple[str, ...]] = {
-    "z-image": ("shift",),
+    "z-image": ("num_train_timesteps", "use_dynamic_shifting"),
     "sdxl": ("beta_schedule", "beta_start", "steps_offset"),
     "sdxl-lcm": ("set_alpha_to_one", "original_inference_steps", "clip_sample"),
     "sdxl-turbo": ("beta_schedule", "beta_end", "steps_offset"),
@@ -253,20 +265,10 @@ ONLY_Z_IMAGE: tuple[tuple[str, d.Damage, dict[str, object]], ...] = (
         {},
     ),
     ("training-leftovers", d.added_tensors(**{"num_updates": torch.tensor(5)}), {}),
-    ("scheduler-missing", d.without("scheduler"), {"repairs": ("write-scheduler-config",)}),
     (
         "compiled-single-layout",
         d.chained(d.z_image_single_layout(), d.renamed_keys(lambda n: f"_orig_mod.{n}")),
         {"repairs": ("strip-compile-prefix",), "together": True},
-    ),
-    (
-        "single-layout-without-shift-or-model-index",
-        d.chained(
-            d.z_image_single_layout(),
-            d.without("model_index.json"),
-            d.edited("scheduler/scheduler_config.json", _drop("shift")),
-        ),
-        {"repairs": ("write-model-index", "complete-scheduler-config"), "together": True},
     ),
 )
 
@@ -297,16 +299,18 @@ ONLY_PIXART: tuple[tuple[str, d.Damage, dict[str, object]], ...] = (
     ),
 )
 
-#: What alone tells two families apart is gone: the caller says which it is, or is asked.
+#: What alone tells two families apart is gone: whoever loads it is asked which it is. Model, its family,
+#: the damage, and what mends it once the family was said.
 SCHEDULER = "scheduler/scheduler_config.json"
-FAMILY_SAID: tuple[tuple[str, str, str, d.Damage, str], ...] = (
-    ("z-image-base", "z-image", "scheduler-missing", d.without("scheduler"), "write-scheduler-config"),
-    (
-        "z-image-base",
-        "z-image",
-        "shift-missing",
-        d.edited(SCHEDULER, _drop("shift")),
-        "complete-scheduler-config",
+FAMILY_ASKED: tuple[tuple[str, str, str, d.Damage, str], ...] = (
+    *(
+        (model, family, title, damage, repair)
+        for model, family in (("z-image", "z-image-turbo"), ("z-image-base", "z-image"))
+        for title, damage, repair in (
+            ("scheduler-missing", d.without("scheduler"), "write-scheduler-config"),
+            ("scheduler-config-garbled", cut_off(SCHEDULER), "write-scheduler-config"),
+            ("shift-missing", d.edited(SCHEDULER, _drop("shift")), "complete-scheduler-config"),
+        )
     ),
     ("sdxl-turbo", "sdxl-turbo", "scheduler-missing", d.without("scheduler"), "write-scheduler-config"),
     (
@@ -317,14 +321,34 @@ FAMILY_SAID: tuple[tuple[str, str, str, d.Damage, str], ...] = (
         *("pixart-alpha", "pixart-alpha-512", "model-index-and-vae-config-missing"),
         *(d.without("model_index.json", "vae/config.json"), "write-model-index"),
     ),
+    (
+        *("z-image", "z-image-turbo", "single-layout-without-shift-or-model-index"),
+        d.chained(
+            d.z_image_single_layout(), d.without("model_index.json"), d.edited(SCHEDULER, _drop("shift"))
+        ),
+        "complete-scheduler-config",
+    ),
+    (
+        *("sdxl-turbo", "sdxl-turbo", "scheduler-and-model-index-missing"),
+        *(d.without("scheduler", "model_index.json"), "write-scheduler-config"),
+    ),
 )
-FAMILY_ASKED = (
+#: The list of components still names the class, and of that class only one family was published.
+CLASS_IS_LISTED = (
+    Case("sdxl-scheduler-missing", "sdxl", d.without("scheduler"), ("write-scheduler-config",)),
+    Case("sdxl-lcm-scheduler-missing", "sdxl-lcm", d.without("scheduler"), ("write-scheduler-config",)),
     Case(
-        "pixart-alpha-model-index-and-vae-config-missing",
-        "pixart-alpha",
-        d.without("model_index.json", "vae/config.json"),
-        error="UnknownFamily",
-        message="family=",
+        "pixart-sigma-scheduler-missing", "pixart-sigma", d.without("scheduler"), ("write-scheduler-config",)
+    ),
+    Case(
+        "sdxl-of-another-sampler-scheduler-missing",
+        "sdxl",
+        d.chained(
+            d.edited("model_index.json", _set("scheduler", ["diffusers", "DPMSolverMultistepScheduler"])),
+            d.without("scheduler"),
+        ),
+        error=CORRUPT,
+        message="--family sdxl",
         together=True,
     ),
 )
@@ -346,6 +370,7 @@ def _scheduler_fields_missing(model: str, fields: tuple[str, ...]) -> Case:
 CASES: tuple[Case, ...] = (
     *(Case(f"{model}-healthy", model, _as_is) for model in ALL_MODELS),
     *_cases(MOST_MODELS, COMMON),
+    *WITHOUT_END,
     *_cases(ONE_OF_EACH, RARE),
     *_cases(TEXT_CONFIG_MODELS, TEXT_CONFIG),
     *(replace(case, together=True) for case in _cases(SOME_MODELS, COMBINED)),
@@ -356,8 +381,19 @@ CASES: tuple[Case, ...] = (
     *_cases(("sdxl-mini-lcm", "sdxl-no-middle"), OF_STRUCTURE),
     *(
         Case(f"{model}-{title}-family-said", model, damage, (repair,), family=family)
-        for model, family, title, damage, repair in FAMILY_SAID
+        for model, family, title, damage, repair in FAMILY_ASKED
     ),
-    *FAMILY_ASKED,
+    *(
+        Case(
+            f"{model}-{title}",
+            model,
+            damage,
+            error="UnknownFamily",
+            message="family=",
+            together="-and-" in title,
+        )
+        for model, _, title, damage, _ in FAMILY_ASKED
+    ),
+    *CLASS_IS_LISTED,
     *(case for models, rows in TEXT_FILES for case in _cases(models, rows)),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,15 @@ import pytest
 
 from tests.checkpoints.models import WRITERS, picture
 from zimage_engine import ModelLoaderAdapter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _only_new_objects_are_collected() -> Iterator[None]:
+    """What the libraries made at import lives to the end: a look at all of it takes longer than a picture."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

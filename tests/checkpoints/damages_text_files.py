@@ -84,11 +84,6 @@ ANY: tuple[Row, ...] = (
     ("average-partial", partly_averaged, {"repairs": ("leave-partial-average",)}),
 )
 Z_IMAGE: tuple[Row, ...] = (
-    (
-        "scheduler-config-garbled",
-        cut_off("scheduler/scheduler_config.json"),
-        {"repairs": ("write-scheduler-config",)},
-    ),
     ("tokenizer-garbled", cut_off("tokenizer/tokenizer.json"), {"error": REFUSED, "message": "vocabulary"}),
     (
         "tokenizer-garbled-beside-its-pieces",

@@ -11,13 +11,24 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoints.cases import COMMON, RARE, SOME_MODELS
+from tests.checkpoints import damages as d
+from tests.checkpoints.cases import COMMON, RARE, SCHEDULER, SOME_MODELS
 from tests.checkpoints.models import picture
 from zimage_engine import ModelLoaderAdapter
 from zimage_engine.errors import CheckpointError
 
 #: Those that change a folder in place and keep every value, or are refused.
-DAMAGES = {name: damage for name, damage, _ in (*COMMON, *RARE) if name != "compiled-and-parallel"}
+DAMAGES = {
+    **{name: damage for name, damage, _ in (*COMMON, *RARE) if name != "compiled-and-parallel"},
+    "scheduler-missing": d.without("scheduler"),
+    "schedule-missing": d.edited(
+        SCHEDULER, lambda content: [content.pop(key, None) for key in ("shift", "timestep_spacing")] and None
+    ),
+    "training-missing": d.edited(
+        SCHEDULER, lambda content: [content.pop(key, None) for key in ("beta_schedule", "beta_end")] and None
+    ),
+    "scheduler-class-missing": d.edited(SCHEDULER, lambda content: content.pop("_class_name")),
+}
 
 
 @settings(

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -19,6 +20,7 @@ from serve_app import cli, terminal
 from serve_app.image_codec import ImageEncoding
 from tests.stand_in_hub import StandInHub
 from tests.zimage_engine.tiny_models.lora import write_lora
+from tests.zimage_engine.tiny_models.pixart import write_tiny_pixart
 from zimage_engine.engine import DEMO_MODEL_PATH
 from zimage_engine.errors import InvalidRequest
 
@@ -234,6 +236,40 @@ def test_inspect_says_why_a_lora_cannot_be_used(tmp_path: Path) -> None:
     told = run("inspect", str(style), "--json")
     facts = json.loads(told.stdout)
     assert (told.exit_code, facts["kind"], facts["usable"]) == (1, "lora", False)
+
+
+def test_inspect_knows_a_hub_id_of_the_cache_and_fetches_no_other(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--someone--demo"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(DEMO_MODEL_PATH, repo / "snapshots" / commit)
+    # An address at which nobody answers: whoever asked there would fail with another sentence.
+    cache = {"HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    known = run_as_program("inspect", "someone/demo", **cache)
+    assert known.returncode == 0, known.stderr
+    assert f"at the commit {commit}" in known.stdout
+    other = run_as_program("inspect", "someone/else", **cache)
+    assert other.returncode == 1
+    assert "fetch it first: zimage-turbo download --model someone/else" in other.stdout
+
+
+def test_dtype_reaches_the_report_and_float16_is_refused_with_the_reason(tmp_path: Path) -> None:
+    target = str(tmp_path / "star.png")
+    drawn = run("generate", "a star", "-o", target, "--dtype", "float32", "--json", *QUICK)
+    assert drawn.exit_code == 0, drawn.stderr
+    assert json.loads(drawn.stdout)["dtype"] == "float32"
+    told = json.loads(run("inspect", str(DEMO_MODEL_PATH), "--dtype", "float32", "--json").stdout)
+    assert told["dtype"] == "float32"
+    refused = run("inspect", str(write_tiny_pixart(tmp_path / "pixart")), "--dtype", "float16")
+    assert refused.exit_code == 1
+    assert "cannot be drawn in float16: its text encoder, T5, overflows" in refused.stdout
+    unserved = run("launch", "--dtype", "half")
+    assert_one_sentence(unserved, cli.EXIT_INVALID_INPUT)
+    assert "--dtype: input should be 'bfloat16', 'float32' or 'float16', got 'half'" in unserved.stderr
+    misspelt = run("generate", "a star", "-o", target, "--dtype", "half", *QUICK)
+    assert_one_sentence(misspelt, cli.EXIT_INVALID_INPUT)
+    assert "dtype must be one of bfloat16, float32, float16, got 'half'" in misspelt.stderr
 
 
 def test_the_ending_chooses_the_format_and_options_reach_the_engine(tmp_path: Path) -> None:

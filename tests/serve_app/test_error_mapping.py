@@ -26,6 +26,7 @@ from zimage_engine.errors import (
     GenerationCancelled,
     InvalidRequest,
     InvalidSize,
+    OutOfMemory,
 )
 
 
@@ -42,6 +43,7 @@ from zimage_engine.errors import (
         (ActorUnavailableError("away", None), 503, "worker_lost", None),
         (BackPressureError(64, 64), 429, "queue_full", None),
         (GenerationCancelled("stopped"), 503, "cancelled", None),
+        (OutOfMemory("used up", "decode", (512, 512)), 503, "out_of_memory", None),
         (DeviceUnavailable("no such device"), 503, "device_unavailable", None),
         (CheckpointDamaged("/srv/model is damaged"), 500, "engine_error", None),
         (ValueError("bug"), 500, "internal_error", None),

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.settings import Settings, SettingsError, is_loopback, load_settings
+from serve_app.settings import (
+    ALLOCATOR_VARIABLES,
+    Settings,
+    SettingsError,
+    allocator_environment,
+    is_loopback,
+    load_settings,
+)
 from zimage_engine.loading.lora_weight import LoraWeight
 
 
@@ -178,3 +185,27 @@ def test_loopback_is_known(host: str, expected: bool) -> None:
 def test_every_setting_is_described() -> None:
     undescribed = [name for name, field in Settings.model_fields.items() if not field.description]
     assert undescribed == []
+
+
+@pytest.mark.parametrize(
+    ("stated", "given"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        (
+            {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"},
+            {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"},
+        ),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+        ),
+    ],
+)
+def test_the_allocator_is_told_what_a_person_has_set_or_to_expand(
+    stated: dict[str, str], given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in stated.items():
+        monkeypatch.setenv(name, value)
+    assert allocator_environment() == given

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from zimage_engine.checkpoint.features import CheckpointFeatures
 from zimage_engine.errors import UnknownFamily
@@ -18,8 +18,13 @@ __all__ = [
     "ModelFamily",
     "ValueRange",
     "family_named",
+    "fitting",
     "identify",
+    "not_one_of",
 ]
+
+#: The features as one family judges them.
+AsSeenBy = Callable[[ModelFamily], CheckpointFeatures]
 
 FAMILIES: tuple[ModelFamily, ...] = (
     Z_IMAGE_TURBO,
@@ -33,27 +38,36 @@ FAMILIES: tuple[ModelFamily, ...] = (
 )
 
 
-def identify(
-    features: CheckpointFeatures,
-    as_seen_by: Callable[[ModelFamily], CheckpointFeatures] | None = None,
-) -> ModelFamily:
-    """The one family whose fingerprint fits; UnknownFamily, with each family's reason, if none or several.
+def identify(features: CheckpointFeatures) -> ModelFamily:
+    """The one family whose fingerprint fits; UnknownFamily, with each family's reason, if none or several."""
+    found = fitting(features)
+    if len(found) == 1:
+        return found[0]
+    raise not_one_of(features, found)
+
+
+def fitting(features: CheckpointFeatures, as_seen_by: AsSeenBy | None = None) -> tuple[ModelFamily, ...]:
+    """All families whose fingerprint fits.
 
     `as_seen_by` gives the features that one family's fingerprint is to judge, where its own knowledge fills
     in what the files leave out; None: the same `features` for all.
     """
-    failures = {
-        family.name: family.fingerprint.first_failure(as_seen_by(family) if as_seen_by else features)
-        for family in FAMILIES
-    }
-    fitting = [family for family in FAMILIES if failures[family.name] is None]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        names = ", ".join(family.name for family in fitting)
-        raise UnknownFamily(f"{features.path} fits several families ({names}); say which with family=")
-    reasons = "".join(f"\n  {name}: {failure}" for name, failure in failures.items())
-    raise UnknownFamily(f"{features.path} is no model of a supported family:{reasons}")
+    return tuple(family for family in FAMILIES if _failure(family, features, as_seen_by) is None)
+
+
+def not_one_of(
+    features: CheckpointFeatures, found: Sequence[ModelFamily], as_seen_by: AsSeenBy | None = None
+) -> UnknownFamily:
+    """The error that tells of several families which fit, or of none and why not."""
+    if found:
+        names = ", ".join(family.name for family in found)
+        return UnknownFamily(f"{features.path} fits several families ({names}); say which with family=")
+    reasons = "".join(f"\n  {family.name}: {_failure(family, features, as_seen_by)}" for family in FAMILIES)
+    return UnknownFamily(f"{features.path} is no model of a supported family:{reasons}")
+
+
+def _failure(family: ModelFamily, features: CheckpointFeatures, as_seen_by: AsSeenBy | None) -> str | None:
+    return family.fingerprint.first_failure(as_seen_by(family) if as_seen_by else features)
 
 
 def family_named(name: str) -> ModelFamily:

@@ -107,7 +107,7 @@ _SCHEDULER = {
 Z_IMAGE_TURBO = ModelFamily(
     name="z-image-turbo",
     title="Z-Image-Turbo",
-    fingerprint=_STRUCTURE & config_is("scheduler", "shift", 3.0, None),
+    fingerprint=_STRUCTURE & config_is("scheduler", "shift", 3.0),
     pipeline_class="ZImagePipeline",
     # The class defaults are Stable Diffusion's scaling and no shift at all, and the pipeline adds the shift.
     needed_config=("vae.scaling_factor", "vae.shift_factor"),

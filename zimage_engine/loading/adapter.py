@@ -22,11 +22,13 @@ from typing import Any
 from zimage_engine.checkpoint.features import CheckpointFeatures, read_features
 from zimage_engine.errors import CheckpointDamaged
 from zimage_engine.families import ModelFamily
+from zimage_engine.loading.companions import Companions
+from zimage_engine.loading.found_models import FoundModel
 from zimage_engine.loading.locate import commit_of, locate
 from zimage_engine.loading.lora_description import refuse_lora
-from zimage_engine.loading.mending import Companions, FoundModel, Mending, plan_mending
+from zimage_engine.loading.mending import Mending, plan_mending
 from zimage_engine.loading.plan import LoadPlan, plan_load
-from zimage_engine.loading.view import ensure_view
+from zimage_engine.loading.view import default_cache_folder, ensure_view
 
 
 class ModelLoaderAdapter:
@@ -37,8 +39,9 @@ class ModelLoaderAdapter:
     that is known better than its files tell; None recognises it from the inside. `base`, `text_encoder` and
     `vae` are folders or files that supply what a single file lacks; `cache_folder` is where repaired views
     are kept (None: the user's cache directory). `dtype` is "bfloat16" (None: the family's own, which is
-    that), "float32" or "float16". Each property is read once, on first use, and raises what that step can
-    find: CheckpointNotFound, UnknownFamily, CheckpointDamaged, DtypeRefused.
+    that), "float32" or "float16". `fetch` False refuses a hub id that is not whole in the cache. Each
+    property is read once, on first use, and raises what that step can find:
+    CheckpointNotFound, UnknownFamily, CheckpointDamaged, DtypeRefused.
     """
 
     def __init__(
@@ -51,17 +54,19 @@ class ModelLoaderAdapter:
         vae: str | Path | None = None,
         cache_folder: Path | None = None,
         dtype: str | None = None,
+        fetch: bool = True,
     ) -> None:
         self._path_or_repo_id = path_or_repo_id
         self._family_name = family
         self._beside = {"base": base, "text_encoder": text_encoder, "vae": vae}
         self._cache_folder = cache_folder
         self._dtype = dtype
+        self._fetch = fetch
 
     @cached_property
     def origin(self) -> Path:
         """The folder or file on disk; a hub id that is not whole in the cache is fetched."""
-        return locate(self._path_or_repo_id)
+        return locate(self._path_or_repo_id, fetch=self._fetch)
 
     @property
     def commit(self) -> str | None:
@@ -77,7 +82,8 @@ class ModelLoaderAdapter:
         """What it was recognised as and every repair that it needs; nothing is written for this."""
         refuse_lora(self.origin)
         beside = {
-            name: None if path is None else read_features(locate(path)) for name, path in self._beside.items()
+            name: None if path is None else read_features(locate(path, fetch=self._fetch))
+            for name, path in self._beside.items()
         }
         return plan_mending(self._measured, self._family_name, Companions(**beside), self._dtype)
 
@@ -155,11 +161,11 @@ class ModelLoaderAdapter:
         """
         import diffusers
 
-        from zimage_engine.loading.finite import StoredWeightsCheck
+        from zimage_engine.loading.finite import FiniteNotes
         from zimage_engine.loading.verify import verify
 
         pipeline_class = getattr(diffusers, self.plan.family.pipeline_class)
-        with _quiet_loading(), StoredWeightsCheck(self.plan.weights, self.family.dtype) as stored:
+        with _quiet_loading():
             try:
                 pipeline = pipeline_class.from_pretrained(self.model_path, **self.get_load_kwargs())
             # What the stock loaders raise for files they cannot use; MemoryError and bugs of ours go through.
@@ -168,7 +174,8 @@ class ModelLoaderAdapter:
                     f"{self.origin} is a {self.family.title} model, but diffusers cannot load it: {error}"
                 ) from error
             pipeline.set_progress_bar_config(disable=True)
-            verify(pipeline, self.plan, stored)
+            views = self._cache_folder or default_cache_folder()
+            verify(pipeline, self.plan, FiniteNotes(views.parent / "finite"))
         return pipeline
 
 

@@ -15,18 +15,20 @@ _HUB_ID = re.compile(
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def locate(path_or_repo_id: str | Path) -> Path:
+def locate(path_or_repo_id: str | Path, *, fetch: bool = True) -> Path:
     """The folder or file on disk that `path_or_repo_id` stands for.
 
     A path that exists wins over a hub id of the same spelling. A hub id may end in `@` and a revision: a
     branch, a tag or a commit hash; without one it is the branch main. It is looked up in the Hugging
-    Face cache first and fetched only where something of it is missing. Raises CheckpointNotFound.
+    Face cache first and fetched only where something of it is missing; `fetch` False refuses it then. Raises
+    CheckpointNotFound.
     """
     path = Path(path_or_repo_id).expanduser()
     if path.exists():
         return path
     if isinstance(path_or_repo_id, str) and (match := _HUB_ID.fullmatch(path_or_repo_id)):
-        return _cached(match["repo"], match["revision"]) or _fetched(match["repo"], match["revision"])
+        obtain = _fetched if fetch else _refused
+        return _cached(match["repo"], match["revision"]) or obtain(match["repo"], match["revision"])
     raise CheckpointNotFound(f"there is nothing at '{path}', and it is not a hub id such as 'owner/name'")
 
 
@@ -69,15 +71,29 @@ def _in_cache(repo_id: str, revision: str | None) -> Path | None:
         return None
 
 
+def _refused(repo_id: str, revision: str | None) -> Path:
+    """Raises CheckpointNotFound with the command that fetches it."""
+    named = f"--model {repo_id}" + (f" --revision {revision}" if revision else "")
+    raise CheckpointNotFound(
+        f"'{repo_id}' is not whole in the Hugging Face cache{_lacks(repo_id, revision)}; fetch it first: "
+        f"zimage-turbo download {named}"
+    )
+
+
+def _lacks(repo_id: str, revision: str | None) -> str:
+    """In brackets what the cache lacks of it; "" where it has nothing at all."""
+    present = _in_cache(repo_id, revision)
+    missing = missing_files(read_features(present)) if present else ()
+    return f" (missing: {', '.join(missing)})" if missing else ""
+
+
 def _fetched(repo_id: str, revision: str | None) -> Path:
     """The folder that a checked download leaves in the cache; what is there already is not fetched again."""
     try:
         return download_model(repo_id, revision).path
     except DownloadError as error:
-        present = _in_cache(repo_id, revision)
-        missing = missing_files(read_features(present)) if present else ()
-        lacks = f" (missing: {', '.join(missing)})" if missing else ""
         raise CheckpointNotFound(
-            f"'{repo_id}' is not whole in the Hugging Face cache{lacks} and could not be fetched: "
+            f"'{repo_id}' is not whole in the Hugging Face cache{_lacks(repo_id, revision)} and could not be "
+            "fetched: "
             f"{str(error).rstrip('.')}; or name a folder on disk"
         ) from error

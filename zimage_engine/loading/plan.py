@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from zimage_engine.checkpoint.features import CheckpointFeatures, ComponentFeatures, WeightFile
 from zimage_engine.errors import CheckpointDamaged
 from zimage_engine.families import ModelFamily
-
-#: Which variant to take where plain files are missing and several are there: the nearest to bfloat16.
-_VARIANT_ORDER = ("bf16", "fp32", "fp16")
+from zimage_engine.loading.stored_weights import rank, stock_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,10 @@ def plan_load(features: CheckpointFeatures, family: ModelFamily) -> LoadPlan:
             )
     weighted = [component for component in features.components.values() if component.is_model]
     variant = _choose_variant(features, weighted)
-    weights = {component.name: _files_of(features, component, variant) for component in weighted}
+    weights = {
+        component.name: stock_weights(f"{features.path / component.name}", component, variant or "")
+        for component in weighted
+    }
     all_safetensors = all(file.form == "safetensors" for files in weights.values() for file in files)
     reasons = [
         f"{family.dtype}: said outright, because without it diffusers mixes dtypes",
@@ -76,43 +77,4 @@ def _choose_variant(features: CheckpointFeatures, weighted: Iterable[ComponentFe
         return None
     if not common:
         raise CheckpointDamaged(f"{features.path}: no variant of the weights is there for every component")
-    preferred = [name for name in _VARIANT_ORDER if name in common]
-    return preferred[0] if preferred else min(common)
-
-
-def _files_of(
-    features: CheckpointFeatures, component: ComponentFeatures, variant: str | None
-) -> tuple[WeightFile, ...]:
-    """The files that the stock call reads for `component`: an index's shards, else the single file."""
-    folder = features.path / component.name
-    wanted = variant or ""
-    if all(file.variant != wanted for file in component.weight_files):
-        wanted = ""
-    by_name = {file.name: file for file in component.weight_files}
-    for form in ("safetensors", "bin"):
-        index = next((i for i in component.indexes if i.form == form and i.variant == wanted), None)
-        if index is not None:
-            missing = [shard for shard in index.shards if shard not in by_name]
-            if missing:
-                raise CheckpointDamaged(
-                    f"{folder}: {len(missing)} of the {len(index.shards)} files that {index.name} names are "
-                    f"missing, the first is {missing[0]}; fetch it again"
-                )
-            return _whole(folder, [by_name[shard] for shard in index.shards])
-        same = [file for file in component.weight_files if file.form == form and file.variant == wanted]
-        single = [file for file in same if not file.is_shard]
-        if single:
-            return _whole(folder, single)
-        if same:
-            raise CheckpointDamaged(
-                f"{folder} holds {len(same)} numbered {form} files but no index that lists them; "
-                "fetch the file whose name ends in .index.json"
-            )
-    raise CheckpointDamaged(f"{folder} holds no weights; fetch the folder again")
-
-
-def _whole(folder: object, files: list[WeightFile]) -> tuple[WeightFile, ...]:
-    for file in files:
-        if file.damage:
-            raise CheckpointDamaged(f"{folder}/{file.name} {file.damage}; fetch it again")
-    return tuple(files)
+    return min(common, key=rank)

@@ -46,40 +46,91 @@ def choose_weights(place: str, component: ComponentFeatures) -> StoredWeights | 
         if component.indexes:
             raise _lost(place, component.indexes[0], component.indexes[0].shards)
         return None
-    sets = [*_indexed(component), *_single(component)]
-    if sets:
-        best = min(sets, key=lambda weights: (_rank(weights.variant), weights.files[0].form != "safetensors"))
-    else:
+    variants = {file.variant for file in component.weight_files}
+    variants |= {index.variant for index in component.indexes}
+    sets = [each for variant in sorted(variants, key=rank) for each in _stock_sets(component, variant)]
+    whole = next((each for each in sets if each.is_whole), None)
+    if whole is None:
         best = _unlisted(component)
-    for file in best.files:
-        if file.damage:
-            raise CheckpointDamaged(f"{place}/{file.name} {file.damage}; fetch it again")
+    elif whole is sets[0]:
+        best = StoredWeights(whole.files, whole.variant, True)
+    else:
+        detail = _index_detail(component, component.weight_files)
+        repair = _repair(REBUILD_INDEX, component.name, detail)
+        best = StoredWeights(whole.files, whole.variant, False, (repair,))
+    _check_whole(place, best.files)
     return best
 
 
-def _rank(variant: str) -> tuple[int, str]:
+def stock_weights(place: str, component: ComponentFeatures, variant: str) -> tuple[WeightFile, ...]:
+    """The files that the stock loader reads of `component`: those of `variant`, else the plain ones.
+
+    Raises CheckpointDamaged, naming the file that is not there or not whole.
+    """
+    if all(file.variant != variant for file in component.weight_files):
+        variant = ""
+    first = next(iter(_stock_sets(component, variant)), None)
+    if first is None:
+        shards = [file for file in component.weight_files if file.variant == variant]
+        if shards:
+            raise CheckpointDamaged(
+                f"{place} holds {len(shards)} numbered {shards[0].form} files but no index that lists them; "
+                "fetch the file whose name ends in .index.json"
+            )
+        raise CheckpointDamaged(f"{place} holds no weights; fetch the folder again")
+    if first.index is not None and not first.is_whole:
+        raise _lost(place, first.index, first.absent)
+    _check_whole(place, first.files)
+    return first.files
+
+
+def rank(variant: str) -> tuple[int, str]:
+    """Sorts variants from the best to the worst."""
     known = variant in VARIANT_ORDER
     return (VARIANT_ORDER.index(variant) if known else len(VARIANT_ORDER), variant)
 
 
-def _indexed(component: ComponentFeatures) -> Iterable[StoredWeights]:
-    """One set for each index whose files are all there."""
+@dataclass(frozen=True, slots=True)
+class _StockSet:
+    """Files that the stock loader takes together; `absent` are those that `index` names and are not there."""
+
+    variant: str
+    files: tuple[WeightFile, ...]
+    index: ShardIndex | None = None
+    absent: tuple[str, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.files) and not self.absent
+
+
+def _stock_sets(component: ComponentFeatures, variant: str) -> Iterable[_StockSet]:
+    """The sets of one variant as the stock loader looks for them: safetensors first, an index before a file.
+
+    It takes the first, whole or not.
+    """
     by_name = {file.name: file for file in component.weight_files}
-    for index in component.indexes:
-        if index.shards and all(shard in by_name for shard in index.shards):
-            yield StoredWeights(tuple(by_name[shard] for shard in index.shards), index.variant, True)
+    for form in ("safetensors", "bin"):
+        for index in component.indexes:
+            if index.form == form and index.variant == variant:
+                files = tuple(by_name[shard] for shard in index.shards if shard in by_name)
+                absent = tuple(shard for shard in index.shards if shard not in by_name)
+                yield _StockSet(variant, files, index, absent)
+        for file in by_name.values():
+            if file.form == form and file.variant == variant and not file.is_shard:
+                yield _StockSet(variant, (file,))
 
 
-def _single(component: ComponentFeatures) -> Iterable[StoredWeights]:
-    for file in component.weight_files:
-        if not file.is_shard:
-            yield StoredWeights((file,), file.variant, True)
+def _check_whole(place: str, files: Iterable[WeightFile]) -> None:
+    for file in files:
+        if file.damage:
+            raise CheckpointDamaged(f"{place}/{file.name} {file.damage}; fetch it again")
 
 
 def _unlisted(component: ComponentFeatures) -> StoredWeights:
     """Files that no good index lists and that have no stock name: all of one variant, if they add up."""
     all_files = (*component.weight_files, *component.other_weight_files)
-    variant = min({file.variant for file in all_files}, key=_rank)
+    variant = min({file.variant for file in all_files}, key=rank)
     files = tuple(file for file in all_files if file.variant == variant)
     forms = {file.form for file in files}
     repairs = [_repair(REBUILD_INDEX, component.name, _index_detail(component, files))]

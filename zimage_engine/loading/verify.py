@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from zimage_engine.errors import CheckpointDamaged
-from zimage_engine.loading.finite import StoredWeightsCheck, is_finite, not_finite
+from zimage_engine.loading.finite import FiniteNotes, is_finite, not_finite
 from zimage_engine.loading.plan import LoadPlan
 
 #: Words that any tokenizer of a text-to-image model knows something of, in the two languages we speak.
@@ -21,12 +21,12 @@ PROBE = "a red circle on a white background, 白色背景上的红色圆形"
 _OLDER_PREFIXES = {"CLIPTextModel": "text_model.", "CLIPTextModelWithProjection": "text_model."}
 
 
-def verify(pipeline: Any, plan: LoadPlan, stored: StoredWeightsCheck) -> None:
+def verify(pipeline: Any, plan: LoadPlan, notes: FiniteNotes) -> None:
     """Check that `pipeline` is what the files of `plan` say, and could draw.
 
     Its weights are those of the files by name, none was left on the meta device, all are of one dtype and
-    finite; the tokenizer makes ids that the text encoder has embeddings for. `stored` looks at the values of
-    the components that it covers, so that memory is read only for the others.
+    finite; the tokenizer makes ids that the text encoder has embeddings for. Values whose files are known to
+    `notes` are not looked through again.
     """
     dtype = getattr(torch, plan.family.dtype)
     for name, files in plan.weights.items():
@@ -35,12 +35,9 @@ def verify(pipeline: Any, plan: LoadPlan, stored: StoredWeightsCheck) -> None:
             check_names(name, module, {tensor.name for file in files for tensor in file.tensors})
         check_no_meta(name, module)
         check_dtype(name, module, dtype)
-        if name in stored.components:
-            stored.check(name)
-            # By their names the stored tensors are all that the model has, but for what it computes itself.
-            check_finite(name, module, but_for=module.state_dict())
-        else:
+        if not notes.knows(files, plan.family.dtype):
             check_finite(name, module)
+            notes.remember(files, plan.family.dtype)
     for tokenizer, text_encoder in plan.family.text_encoders:
         check_tokenizer(
             getattr(pipeline, tokenizer),
@@ -112,10 +109,10 @@ def check_dtype(component: str, module: torch.nn.Module, dtype: torch.dtype) -> 
         raise CheckpointDamaged(f"{component}: {len(other)} parameters are not {dtype}: {name} is {found}")
 
 
-def check_finite(component: str, module: torch.nn.Module, but_for: Collection[str] = ()) -> None:
+def check_finite(component: str, module: torch.nn.Module) -> None:
     """No weight is NaN or infinite; one is enough to make every picture black."""
     for name, tensor in _tensors(module):
-        if name not in but_for and not is_finite(tensor):
+        if not is_finite(tensor):
             raise not_finite(component, name)
 
 

@@ -47,13 +47,14 @@ def test_exactly_one_family_fits(name: str, write: Callable[[Path], Path], tmp_p
         assert component == "scheduler" or class_name in row.class_names
 
 
-def test_a_shift_that_is_not_stated_is_the_distilled_models(tmp_path: Path) -> None:
+def test_a_shift_that_is_not_stated_is_neither_models(tmp_path: Path) -> None:
     folder = write_tiny_z_image(tmp_path / "model")
     path = folder / "scheduler" / "scheduler_config.json"
     stated = json.loads(path.read_text())
     del stated["shift"]
     path.write_text(json.dumps(stated))
-    assert identify(read_features(folder)).name == "z-image-turbo"
+    with pytest.raises(UnknownFamily, match=r"scheduler\.shift is nothing"):
+        identify(read_features(folder))
 
 
 def test_a_foreign_folder_is_told_each_familys_failed_condition(tmp_path: Path) -> None:

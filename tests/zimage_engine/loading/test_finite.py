@@ -1,102 +1,120 @@
+"""NaN and infinity among weights are found, and what was found finite is not looked through twice."""
+
 from __future__ import annotations
 
-import threading
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.zimage_engine.tiny_models import write_tiny_z_image
+from zimage_engine.checkpoint.tensors import WeightFile
 from zimage_engine.checkpoint.weight_files import read_weight_file
 from zimage_engine.errors import CheckpointDamaged
-from zimage_engine.loading import finite
-from zimage_engine.loading.finite import StoredWeightsCheck, is_finite
+from zimage_engine.loading import finite, verify
+from zimage_engine.loading.adapter import ModelLoaderAdapter
+from zimage_engine.loading.finite import FiniteNotes, is_finite
 
-NAN, INFINITE = float("nan"), float("inf")
-#: More than one piece of any dtype, and no whole number of them.
-PIECE_BYTES = 512 * 1024
-LENGTH = 600_001
+FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finite, "_PIECE_BYTES", PIECE_BYTES)
+def stored(folder: Path, value: float = 1.0, name: str = "a.safetensors") -> tuple[WeightFile, ...]:
+    save_file({"weight": torch.full((3, 70_000), value, dtype=torch.bfloat16)}, folder / name)
+    return (read_weight_file(folder / name),)
 
 
-def _check(file: Path, dtype: torch.dtype) -> None:
-    with StoredWeightsCheck({"part": (read_weight_file(file),)}, str(dtype).removeprefix("torch.")) as stored:
-        stored.check("part")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_largest_numbers_of_either_sign_and_the_smallest_are_finite(tmp_path: Path, dtype) -> None:
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_the_largest_numbers_of_either_sign_and_the_smallest_are_finite(dtype: torch.dtype) -> None:
     limits = torch.finfo(dtype)
-    values = torch.tensor(
-        [limits.max, limits.min, limits.smallest_normal, limits.smallest_normal / 4, 0, -0.0]
-    )
-    save_file(
-        {"weight": values.to(dtype), "scalar": torch.tensor(-1.0, dtype=dtype)}, tmp_path / "a.safetensors"
-    )
-    _check(tmp_path / "a.safetensors", dtype)
+    values = [limits.max, limits.min, limits.smallest_normal, limits.smallest_normal / 4, 0, -0.0]
+    assert is_finite(torch.tensor(values).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("value", [NAN, -NAN, INFINITE, -INFINITE])
-@pytest.mark.parametrize("place", [0, 262_144, LENGTH - 1])
-def test_one_stored_value_that_is_not_finite_is_found_anywhere(
-    tmp_path: Path, dtype: torch.dtype, value: float, place: int
-) -> None:
-    weight = torch.linspace(-1, 1, LENGTH).to(dtype)
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 262_144, 600_000])
+def test_one_value_that_is_not_finite_is_found_anywhere(dtype: torch.dtype, value: float, place: int) -> None:
+    weight = torch.linspace(-1, 1, 600_001).to(dtype)
     weight[place] = value
-    save_file({"whole": torch.ones(3, dtype=dtype), "weight": weight}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointDamaged, match="part: weight holds NaN or infinite values"):
-        _check(tmp_path / "a.safetensors", dtype)
+    assert not is_finite(weight)
 
 
-def test_every_bit_pattern_is_judged_as_torch_judges_it(tmp_path: Path) -> None:
-    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-    for dtype in (torch.bfloat16, torch.float16):
-        values = patterns.view(dtype)
-        finite = torch.isfinite(values)
-        save_file({"weight": values[finite]}, tmp_path / "finite.safetensors")
-        _check(tmp_path / "finite.safetensors", dtype)
-        for pattern in values[~finite][::97]:
-            save_file({"weight": pattern.clone()}, tmp_path / "one.safetensors")
-            with pytest.raises(CheckpointDamaged):
-                _check(tmp_path / "one.safetensors", dtype)
+def test_integers_and_empty_tensors_are_finite() -> None:
+    assert is_finite(torch.full((4,), -1)) and is_finite(torch.ones(0))
 
 
-def test_integers_are_finite_whatever_their_bits(tmp_path: Path) -> None:
-    ids = torch.full((4,), -1, dtype=torch.int64)
-    save_file({"weight": torch.ones(2, dtype=torch.bfloat16), "ids": ids}, tmp_path / "a.safetensors")
-    _check(tmp_path / "a.safetensors", torch.bfloat16)
-    assert is_finite(ids)
+def test_a_note_holds_for_the_same_content_wherever_it_stands(tmp_path: Path) -> None:
+    notes = FiniteNotes(tmp_path / "notes")
+    files = stored(tmp_path)
+    assert not notes.knows(files, "bfloat16")
+    notes.remember(files, "bfloat16")
+    assert notes.knows(files, "bfloat16")
+    (tmp_path / "moved").mkdir()
+    moved = files[0].path.rename(tmp_path / "moved" / "b.safetensors")
+    assert notes.knows((read_weight_file(moved),), "bfloat16")
 
 
-def test_what_is_cast_while_it_is_loaded_is_left_to_a_look_at_the_memory(tmp_path: Path) -> None:
-    save_file({"weight": torch.ones(2)}, tmp_path / "cast.safetensors")
-    torch.save({"weight": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "pickled.bin")
-    save_file({"weight": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "as_is.safetensors")
-    files = {file.stem: (read_weight_file(file),) for file in tmp_path.iterdir()}
-    assert StoredWeightsCheck(files, "bfloat16").components == {"as_is"}
+def test_other_bytes_another_dtype_or_another_file_have_no_note(tmp_path: Path) -> None:
+    notes = FiniteNotes(tmp_path / "notes")
+    files = stored(tmp_path)
+    notes.remember(files, "bfloat16")
+    assert not notes.knows(files, "float16")
+    assert not notes.knows((*files, *stored(tmp_path, 2.0, "b.safetensors")), "bfloat16")
+    times = (files[0].path.stat().st_atime_ns, files[0].path.stat().st_mtime_ns)
+    changed = stored(tmp_path, 3.0)
+    os.utime(changed[0].path, ns=times)  # the content tells, not the time alone
+    assert not notes.knows(changed, "bfloat16")
 
 
-def test_a_file_that_got_shorter_since_its_header_was_read_is_damaged(tmp_path: Path) -> None:
-    file = tmp_path / "a.safetensors"
-    save_file({"weight": torch.ones(LENGTH)}, file)
-    header = read_weight_file(file)
-    with file.open("r+b") as opened:
-        opened.truncate(header.size_bytes - 1)
-    with (
-        StoredWeightsCheck({"part": (header,)}, "float32") as stored,
-        pytest.raises(CheckpointDamaged, match="bytes when its header was read and has"),
-    ):
-        stored.check("part")
+def test_notes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finite, "MOST_NOTES", 2)
+    notes = FiniteNotes(tmp_path / "notes")
+    for number, age in ((1, 300), (2, 200), (3, 100)):
+        files = stored(tmp_path, number, f"{number}.safetensors")
+        notes.remember(files, "bfloat16")
+        note = notes._note(files, "bfloat16")
+        os.utime(note, (note.stat().st_atime - age, note.stat().st_mtime - age))
+    notes.remember(stored(tmp_path, 4, "4.safetensors"), "bfloat16")
+    assert len(list((tmp_path / "notes").iterdir())) == 2
+    # Written anew, it has another time of change.
+    assert not notes.knows(stored(tmp_path, 4, "4.safetensors"), "bfloat16")
 
 
-def test_the_thread_ends_with_the_block_also_when_loading_fails(tmp_path: Path) -> None:
-    save_file({"weight": torch.ones(LENGTH * 20)}, tmp_path / "a.safetensors")
-    files = {str(number): (read_weight_file(tmp_path / "a.safetensors"),) for number in range(50)}
-    with pytest.raises(ValueError, match="no such class"), StoredWeightsCheck(files, "float32"):
-        raise ValueError("no such class")
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("weights-check")]
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("a file where the folder should be")
+    notes = FiniteNotes(tmp_path / "notes")
+    notes.remember(stored(tmp_path), "bfloat16")
+    assert not notes.knows(stored(tmp_path), "bfloat16")
+
+
+def test_a_second_load_does_not_look_again_and_damage_is_seen_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_tiny_z_image(tmp_path / "tiny")
+    looked: list[str] = []
+    look = verify.check_finite
+
+    def counted(component: str, *rest: object, **options: object) -> None:
+        looked.append(component)
+        look(component, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(verify, "check_finite", counted)
+
+    def load() -> list[str]:
+        looked.clear()
+        ModelLoaderAdapter(model, cache_folder=tmp_path / "views").load()
+        return sorted(looked)
+
+    assert load() == ["text_encoder", "transformer", "vae"]
+    assert load() == []
+    (file,) = (model / "vae").glob("*.safetensors")
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(CheckpointDamaged, match=r"vae: .* holds NaN or infinite values"):
+        load()
+    assert looked == ["vae"]

@@ -155,3 +155,23 @@ def test_the_commit_that_an_id_was_resolved_to_is_explained(hub_cache: Path, tin
     assert f"at the commit {COMMIT}" in adapter.explain()
     assert ModelLoaderAdapter(tiny_model).commit is None
     assert "commit" not in ModelLoaderAdapter(tiny_model).explain()
+
+
+def test_without_fetching_a_model_of_the_cache_is_found_and_another_is_refused(
+    hub_cache: Path, tiny_model: Path
+) -> None:
+    snapshot = put_into_cache(hub_cache, "someone/tiny-z-image", tiny_model)
+    assert locate("someone/tiny-z-image", fetch=False) == snapshot
+    with pytest.raises(CheckpointNotFound, match="zimage-turbo download --model someone/else"):
+        locate("someone/else", fetch=False)
+    with pytest.raises(CheckpointNotFound, match="--model someone/else --revision v2"):
+        locate("someone/else@v2", fetch=False)
+
+
+def test_without_fetching_half_a_model_is_refused_with_what_it_lacks(
+    hub_cache: Path, tiny_model: Path
+) -> None:
+    snapshot = put_into_cache(hub_cache, "someone/half", tiny_model)
+    shutil.rmtree(snapshot / "vae")
+    with pytest.raises(CheckpointNotFound, match=r"missing: vae/.*fetch it first"):
+        ModelLoaderAdapter("someone/half", fetch=False).explain()

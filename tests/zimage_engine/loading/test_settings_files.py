@@ -105,18 +105,12 @@ def test_the_list_of_components_and_the_schedule_are_written_anew(
 ) -> None:
     folder = copy_of("z-image")
     (folder / name).write_text(content)
-    adapter = ModelLoaderAdapter(folder, cache_folder=tmp_path / "views")
+    adapter = ModelLoaderAdapter(folder, "z-image-turbo", cache_folder=tmp_path / "views")
     repair = {"model_index.json": "write-model-index"}.get(name, "write-scheduler-config")
     line = next(line for line in adapter.explain().splitlines() if repair in line)
     assert any(words in line for words in ("is empty", "not valid JSON", "should hold", "holds nothing"))
     pipeline, whole = adapter.load(), ModelLoaderAdapter(models["z-image"]).load()
     assert pipeline.scheduler.config.shift == whole.scheduler.config.shift == 3.0
-
-
-def test_a_schedule_that_was_guessed_names_the_families_it_could_be(copy_of, tmp_path: Path) -> None:
-    folder = copy_of("z-image")
-    (folder / "scheduler" / "scheduler_config.json").write_text("")
-    assert "say family= if it is z-image" in ModelLoaderAdapter(folder, cache_folder=tmp_path).explain()
 
 
 @pytest.mark.parametrize("in_model_index", [False, True])

@@ -21,7 +21,6 @@ from tests.zimage_engine.sampling.overflowing_models import (
     FUSED_ATTENTION,
     GUIDANCE,
     OVERFLOWS,
-    STEPS,
     WEIGHTS,
     Overflow,
     engine_of,
