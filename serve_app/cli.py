@@ -125,6 +125,29 @@ DtypeOption = Annotated[
         show_default=False,
     ),
 ]
+OffloadOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WAY",
+        help="How weights that do not fit on the card get there: auto, none, model, stream, sequential, disk"
+        " (default: auto, the fastest that fits).",
+        show_default=False,
+    ),
+]
+VramOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="The most of the card's memory that may be used, such as 12GiB (default: what is free).",
+        show_default=False,
+    ),
+]
+Float8Option = Annotated[
+    bool,
+    typer.Option(
+        "--float8", help="Keep the denoiser's matrices in float8: half the memory, a little coarser."
+    ),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
@@ -174,6 +197,9 @@ def launch(
     family: FamilyOption = None,
     lora: LoraOption = None,
     dtype: DtypeOption = None,
+    offload: OffloadOption = None,
+    vram: VramOption = None,
+    float8: Float8Option = False,
     port: Annotated[
         int | None,
         typer.Option(
@@ -232,6 +258,9 @@ def launch(
             "family": family,
             "loras": lora or None,
             "dtype": dtype,
+            "offload": offload,
+            "vram": vram,
+            "float8": float8 or None,
             "port": port,
             "host": host,
             "device": device,
@@ -281,6 +310,9 @@ def generate(
     family: FamilyOption = None,
     lora: LoraOption = None,
     dtype: DtypeOption = None,
+    offload: OffloadOption = None,
+    vram: VramOption = None,
+    float8: Float8Option = False,
     device: DeviceOption = None,
     seed: Annotated[
         int | None,
@@ -365,11 +397,17 @@ def generate(
         )
         from zimage_engine.loading.lora_layouts import check_loras
         from zimage_engine.loading.lora_weight import parse_lora
+        from zimage_engine.memory.residency import MemoryWishes, parse_memory
 
         loras = [parse_lora(text) for text in lora or ()]
         check_loras(loras)
         from zimage_engine import Engine
 
+        memory = MemoryWishes(
+            offload=None if offload == "auto" else offload,
+            vram_bytes=None if vram is None else parse_memory(vram),
+            float8=float8,
+        )
         say(f"Loading {model or 'the demo model'} ...", only_on_a_terminal=True)
         engine = Engine.load(
             model,
@@ -380,6 +418,7 @@ def generate(
             vae=vae,
             loras=loras,
             dtype=dtype,
+            memory=memory,
         )
         reports: list[GenerationReport] = []
         # One call a picture, so that what is drawn is on the disk at once, whatever happens to the next.

@@ -14,7 +14,7 @@ import typer
 
 from serve_app.terminal import say
 from zimage_engine.errors import DoesNotFit, EngineError, InvalidRequest, InvalidSize
-from zimage_engine.memory.residency import OffloadPlan, Residency
+from zimage_engine.memory.residency import OffloadPlan, Residency, parse_memory
 
 if TYPE_CHECKING:
     from zimage_engine.families import ModelFamily
@@ -25,11 +25,6 @@ EXIT_INVALID_INPUT = 2
 
 #: What a name stands for that is no path: the product's own name is its first family's.
 _ALIASES = {"zimage-turbo": "z-image-turbo"}
-_UNITS = {
-    letter + ending: base**power
-    for power, letter in enumerate("KMGT", start=1)
-    for ending, base in (("", 1024), ("B", 1000), ("IB", 1024))
-}
 _AUTO = "auto"
 
 
@@ -148,23 +143,6 @@ def plan(
         _print_table(facts, footprint, rows, chosen, refusal)
     if refusal is not None:
         raise typer.Exit(EXIT_FAILED)
-
-
-def parse_memory(text: str, option: str = "--vram") -> int:
-    """ "12GiB" and "12G" as 12 * 2**30, "12GB" as 12 * 10**9, "512MiB", or plain bytes; above 0.
-
-    Raises InvalidRequest, which says how it is written.
-    """
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?(?:I?B)?)", text.strip().upper(), re.ASCII)
-    unit = found[2] if found else None
-    if found is None or (unit not in _UNITS and unit not in ("", "B")):
-        raise InvalidRequest(
-            f"{option} must be a size such as 12GiB, 8G or 512MiB, got {text[:40]!r}", "vram"
-        )
-    amount = int(float(found[1]) * _UNITS.get(unit or "", 1))
-    if amount <= 0:
-        raise InvalidRequest(f"{option} must be more than nothing, got {text[:40]!r}")
-    return amount
 
 
 def _footprint(model: str, float8: bool) -> tuple[ModelFamily, Footprint]:

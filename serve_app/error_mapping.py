@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from zimage_engine.errors import (
     DeadlineExceeded,
     DeviceUnavailable,
+    DoesNotFit,
     EngineError,
     GenerationCancelled,
     GuardExhausted,
@@ -135,6 +136,7 @@ ROWS: dict[type[BaseException], ErrorRow] = {
         "The picture was stopped before it was done; send the request again.",
         {"Retry-After": "5"},
     ),
+    DoesNotFit: ErrorRow(400, INVALID, "does_not_fit"),
     DeadlineExceeded: ErrorRow(504, SERVER, "deadline_exceeded"),
     GuardExhausted: ErrorRow(500, SERVER, "guard_exhausted", for_the_caller=True),
     ScheduleInvalid: ErrorRow(500, SERVER, "schedule_invalid", for_the_caller=True),

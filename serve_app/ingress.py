@@ -15,6 +15,7 @@ from ray import serve
 from serve_app.gates import add_gates
 from serve_app.logs import log_to_terminal
 from serve_app.metrics import ServerMetrics
+from serve_app.replica import own_deployment, replica_name
 from serve_app.routes import docs, images, models, status, unknown
 from serve_app.service import ImageService
 from serve_app.settings import Settings
@@ -58,7 +59,12 @@ class PromptEnhancerIngress:
     def __init__(self, worker: DeploymentHandle, settings: Settings) -> None:
         log_to_terminal()
         self._settings = settings
-        self._service = ImageService(worker, ServerMetrics(program_version()), settings)
+        self._metrics = ServerMetrics(program_version(), replica_name(), settings.num_replicas)
+        self._service = ImageService(worker, self._metrics, settings, own_deployment())
+
+    async def metrics_text(self) -> tuple[str, str]:
+        """This ingress' name and metrics, for the ingress that is asked for those of all."""
+        return self._metrics.named_text()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_asgi_app(self._service, self._settings)

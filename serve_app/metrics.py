@@ -1,14 +1,19 @@
 """What Prometheus is told: one row a metric, and the two places where values come in.
 
-`ServerMetrics` lives in the ingress and turns reports and failures into numbers; `WorkerMetrics`
-lives in each image worker. `merged` joins the ingress' registry with the texts of the workers, so
-that one scrape sees all, whichever node a worker runs on. Knows nothing of HTTP and of Ray.
+`ServerMetrics` lives in each ingress and turns reports and failures into numbers; `WorkerMetrics` lives in
+each image worker. Every series carries the name of the process that counted it in the label `replica`. So a
+replica that is started anew starts series of its own from 0, nothing is counted twice, and the series of one
+that is gone end. `merged` joins the texts of all of them, so that a scrape of any ingress sees everything,
+whichever node it runs on: scrape one ingress, never each. Knows nothing of HTTP and of Ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,151 +24,424 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from zimage_engine.types import DeviceStatus, GenerationReport, GuardTrip, ModelDescription
+from zimage_engine.types import (
+    DeviceStatus,
+    GenerationReport,
+    GuardTrip,
+    ModelDescription,
+    StepProgress,
+)
 
-#: From a tiny model's step on a GPU to ten large pictures on a CPU.
-SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
+#: Fine around the 0.8 s of a GPU and the 30 s of a laptop; the ends are a stage of a tiny model and ten
+#: large pictures on a CPU. The latency objective in monitoring/ is one of these bounds.
+SECONDS_BUCKETS = (
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.2,
+    0.4,
+    0.6,
+    0.8,
+    1,
+    1.5,
+    2.5,
+    4,
+    8,
+    15,
+    20,
+    30,
+    45,
+    60,
+    120,
+    600,
+)
+#: An eighth of those: a picture takes eight steps.
+STEP_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2, 3, 4, 6, 10, 30)
+
+#: The label that every series carries beside those of its row.
+REPLICA = "replica"
+#: What stands for a value that is in no closed set.
+OTHER = "other"
+#: Instead of a closed set: the label has one value for as long as the process lives.
+ONE_VALUE: tuple[str, ...] = ()
+
+OUTCOMES = (
+    "ok",
+    "cancelled",
+    "queue_full",
+    "invalid_value",
+    "missing_required_parameter",
+    "unknown_parameter",
+    "string_above_max_length",
+    "invalid_json",
+    "unsupported_media_type",
+    "unsupported_value",
+    "model_not_found",
+    "client_closed_request",
+    "model_not_ready",
+    "worker_lost",
+    "deadline_exceeded",
+    "guard_exhausted",
+    "schedule_invalid",
+    "out_of_memory",
+    "device_unavailable",
+    "engine_error",
+    "internal_error",
+)
+STAGES = ("enhance", "encode", "denoise", "decode", "refine", "encode_file", "total")
+WARNINGS = (
+    "size_outside_range",
+    "num_inference_steps_outside_range",
+    "guidance_scale_outside_range",
+    "prompt_truncated",
+    "negative_prompt_truncated",
+    "guard_recovered",
+    "picture_redrawn",
+    "guidance_lowered",
+    "values_clipped",
+    "picture_black",
+    "picture_flat",
+    "picture_black_borders",
+    "picture_blocks",
+    "picture_noise",
+)
+GUARDED = ("encode", "denoise", "decode", "picture")
+RUNGS = ("same_inputs", "lower_guidance", "plain_attention", "float32", "rest_float32", "tiled")
+ATTEMPTS = ("recovered", "failed", "skipped")
+VRAM_KINDS = ("used", "total", "allocated", "reserved", "peak")
+DEFRAGS = ("empty_cache", "deep")
+OOM_STAGES = ("encode", "denoise", "decode")
+OOM_OUTCOMES = ("freed", "leaner", "tiled", "refused")
+OFFLOAD_MODES = ("none", "model", "stream", "sequential", "disk")
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric: its name without the unit-bearing suffix that the client library appends."""
+    """One metric: its name without the suffix that the client library appends, its labels' values, its unit.
+
+    `labels` gives for each label the closed set of its values, or ONE_VALUE; anything else is counted under
+    OTHER. `starts_at_zero`: every combination is there from the first scrape on, so that a rate over it has
+    a start. Labels of one value are never filled so.
+    """
 
     name: str
     kind: type[Counter] | type[Gauge] | type[Histogram]
+    unit: str
     help: str
-    labels: tuple[str, ...] = ()
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    buckets: tuple[float, ...] = SECONDS_BUCKETS
+    starts_at_zero: bool = False
+
+    @property
+    def exposed_name(self) -> str:
+        """The name that queries use; of a histogram the part before `_bucket`, `_sum` and `_count`."""
+        return f"{self.name}_total" if self.kind is Counter else self.name
+
+    @property
+    def most_series(self) -> int:
+        """How many series one replica can have of it, whatever happens."""
+        combinations = math.prod(len(values) + 1 if values else 1 for values in self.labels.values())
+        return combinations * (len(self.buckets) + 3 if self.kind is Histogram else 1)
 
 
 SERVER_ROWS = (
     MetricRow(
         "zimage_requests",
         Counter,
-        "Requests for pictures by outcome: ok, cancelled, or the error's code.",
-        ("outcome",),
+        "requests",
+        "Requests for pictures by outcome: ok, cancelled, or the error's code. What is turned away before, "
+        "for its key or its size, is no request for a picture.",
+        {"outcome": OUTCOMES},
+        starts_at_zero=True,
     ),
-    MetricRow("zimage_pictures", Counter, "Pictures drawn and handed over."),
+    MetricRow(
+        "zimage_requests_in_flight",
+        Gauge,
+        "requests",
+        "Requests that were checked and have no answer yet: those that wait and those that are drawn.",
+    ),
+    MetricRow("zimage_pictures", Counter, "pictures", "Pictures drawn and handed over."),
+    MetricRow("zimage_pixels", Counter, "pixels", "Pixels of the pictures that were handed over."),
     MetricRow(
         "zimage_request_seconds",
         Histogram,
+        "seconds",
         "Seconds from a checked request to its finished reply, the waiting for a worker included.",
+    ),
+    MetricRow(
+        "zimage_queue_wait_seconds",
+        Histogram,
+        "seconds",
+        "Seconds of a served request in which nothing was done for it: waiting for a worker, and the way to "
+        "it and back.",
     ),
     MetricRow(
         "zimage_generation_seconds",
         Histogram,
-        "Seconds of one picture by stage: encode, denoise, decode, total.",
-        ("stage",),
+        "seconds",
+        "Seconds by stage. Of a picture: encode, denoise, decode, refine where it was refined, and total; "
+        "of a request: enhance, encode_file.",
+        {"stage": STAGES},
     ),
-    MetricRow("zimage_warnings", Counter, "Warnings in reports by their code.", ("code",)),
+    MetricRow(
+        "zimage_warnings", Counter, "warnings", "Warnings in reports by their code.", {"code": WARNINGS}
+    ),
     MetricRow(
         "zimage_guard_trips",
         Counter,
+        "trips",
         "Values that were not finite or absurdly large, by where: encode, denoise, decode; picture: one that "
         "looked wrong though nothing was found.",
-        ("stage",),
+        {"stage": GUARDED},
+        starts_at_zero=True,
     ),
     MetricRow(
         "zimage_guard_retries",
         Counter,
+        "attempts",
         "What was tried against them, by rung and outcome: recovered, failed, skipped.",
-        ("stage", "rung", "outcome"),
+        {"stage": GUARDED, "rung": RUNGS, "outcome": ATTEMPTS},
     ),
     MetricRow(
         "zimage_guard_clipped_values",
         Counter,
+        "values",
         "Values of the denoiser's output that were clipped into the family's range.",
     ),
-    MetricRow("zimage_worker_retries", Counter, "Requests sent to another worker because theirs had died."),
-    MetricRow("zimage_build_info", Gauge, "Always 1; the version is in the label.", ("version",)),
+    MetricRow(
+        "zimage_worker_retries",
+        Counter,
+        "requests",
+        "Requests sent to another worker because theirs had died.",
+    ),
+    MetricRow("zimage_workers_wanted", Gauge, "workers", "Image workers that the settings ask for."),
+    MetricRow(
+        "zimage_build_info", Gauge, "1", "Always 1; the version is in the label.", {"version": ONE_VALUE}
+    ),
 )
 
 WORKER_ROWS = (
-    MetricRow("zimage_worker_up", Gauge, "1 for each worker that has its model.", ("replica",)),
+    MetricRow(
+        "zimage_worker_up", Gauge, "1", "1 for each worker that has its model and answered this scrape."
+    ),
+    MetricRow("zimage_worker_busy", Gauge, "1", "1 while the worker draws."),
     MetricRow(
         "zimage_worker_model_info",
         Gauge,
+        "1",
         "Always 1; what the worker loaded is in the labels.",
-        ("replica", "model", "family", "device", "dtype"),
+        {"model": ONE_VALUE, "family": ONE_VALUE, "device": ONE_VALUE, "dtype": ONE_VALUE},
     ),
     MetricRow(
-        "zimage_device_memory_bytes",
+        "zimage_model_load_seconds",
         Gauge,
-        "Memory of the worker's device by kind: used, total. Absent where the device does not tell.",
-        ("replica", "kind"),
+        "seconds",
+        "Seconds that loading the model took, a download and repairs included.",
     ),
-    MetricRow("zimage_worker_busy", Gauge, "1 while the worker draws.", ("replica",)),
+    MetricRow("zimage_model_repairs", Gauge, "repairs", "Repairs that the checkpoint needed to be loaded."),
+    MetricRow(
+        "zimage_step_seconds",
+        Histogram,
+        "seconds",
+        "Seconds from the end of one denoising step to the end of the next of the same picture.",
+        buckets=STEP_BUCKETS,
+    ),
+    MetricRow(
+        "zimage_vram_bytes",
+        Gauge,
+        "bytes",
+        "Memory of the worker's device by kind: used (by anyone), total; allocated, reserved and peak (the "
+        "most allocated so far) of this worker. Absent where the device does not tell, as a CPU.",
+        {"kind": VRAM_KINDS},
+    ),
+    MetricRow(
+        "zimage_vram_fragmentation_ratio",
+        Gauge,
+        "ratio",
+        "The part of the reserved memory that lies free between pieces in use. Absent as above.",
+    ),
+    MetricRow(
+        "zimage_defrag",
+        Counter,
+        "runs",
+        "Defragmentations by kind: the cache emptied, or the deep form that moves the weights.",
+        {"kind": DEFRAGS},
+        starts_at_zero=True,
+    ),
+    MetricRow("zimage_defrag_seconds", Counter, "seconds", "Seconds that defragmenting has taken."),
+    MetricRow(
+        "zimage_oom",
+        Counter,
+        "events",
+        "Out-of-memory errors of the device, by stage and by what was done: memory freed, a leaner plan, "
+        "smaller pieces, or the request refused.",
+        {"stage": OOM_STAGES, "outcome": OOM_OUTCOMES},
+        starts_at_zero=True,
+    ),
+    MetricRow(
+        "zimage_offload_mode",
+        Gauge,
+        "1",
+        "1 for the way in which the weights are kept now, 0 for the others.",
+        {"mode": OFFLOAD_MODES},
+    ),
+    MetricRow(
+        "zimage_store_bytes",
+        Gauge,
+        "bytes",
+        "The disk on which downloaded models and repaired views lie: free, total.",
+        {"kind": ("free", "total")},
+    ),
 )
+
+#: What only the scrape itself knows; without the label `replica`.
+SCRAPE_ROWS = (
+    MetricRow(
+        "zimage_model_loaded",
+        Gauge,
+        "1",
+        "1 where at least one worker has its model and answered this scrape, else 0.",
+    ),
+)
+
+ROWS = SERVER_ROWS + WORKER_ROWS + SCRAPE_ROWS
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFigures:
+    """What a worker tells of its device's memory; counts and seconds are totals since it started.
+
+    `bytes_by_kind` has keys of VRAM_KINDS, those that are known. `ooms` counts by (stage, outcome).
+    """
+
+    bytes_by_kind: Mapping[str, int] = field(default_factory=dict)
+    fragmentation_ratio: float | None = None
+    offload_mode: str | None = None
+    defrags: Mapping[str, int] = field(default_factory=dict)
+    defrag_seconds: float = 0.0
+    ooms: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 class _Table:
-    """The metrics of some rows on a registry of their own."""
+    """The metrics of some rows on a registry of their own, all with one replica's name."""
 
-    def __init__(self, rows: tuple[MetricRow, ...]) -> None:
+    def __init__(self, rows: tuple[MetricRow, ...], replica: str) -> None:
         # A second series for each counter that tells when it began; nobody asks for it here.
         disable_created_metrics()
         self.registry = CollectorRegistry()
+        self.replica = replica
+        self._rows = {row.name: row for row in rows}
         self._metrics = {row.name: self._make(row) for row in rows}
+        self._totals: dict[tuple[str, ...], float] = {}
+        for row in rows:
+            if row.starts_at_zero or (row.kind is Counter and not row.labels):
+                for values in _combinations(row):
+                    self.count(row.name, *values, by=0)
 
     def _make(self, row: MetricRow) -> Counter | Gauge | Histogram:
+        labels = (*row.labels, REPLICA)
         if row.kind is Histogram:
-            return Histogram(row.name, row.help, row.labels, registry=self.registry, buckets=SECONDS_BUCKETS)
-        return row.kind(row.name, row.help, row.labels, registry=self.registry)
+            return Histogram(row.name, row.help, labels, registry=self.registry, buckets=row.buckets)
+        return row.kind(row.name, row.help, labels, registry=self.registry)
 
     def _of(self, name: str, labels: tuple[str, ...]) -> Counter | Gauge | Histogram:
-        metric = self._metrics[name]
-        return metric.labels(*labels) if labels else metric
+        sets = self._rows[name].labels.values()
+        bounded = [
+            value if not known or value in known else OTHER for value, known in zip(labels, sets, strict=True)
+        ]
+        return self._metrics[name].labels(*bounded, self.replica)
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         metric = self._of(name, labels)
         assert isinstance(metric, Counter)
         metric.inc(by)
 
+    def count_up_to(self, name: str, total: float, *labels: str) -> None:
+        """Bring a counter to a total that somebody else counts."""
+        before = self._totals.get((name, *labels), 0.0)
+        self.count(name, *labels, by=max(0.0, total - before))
+        self._totals[name, *labels] = max(before, total)
+
     def observe(self, name: str, seconds: float, *labels: str) -> None:
         metric = self._of(name, labels)
         assert isinstance(metric, Histogram)
-        metric.observe(seconds)
+        metric.observe(max(0.0, seconds))
 
     def set(self, name: str, value: float, *labels: str) -> None:
         metric = self._of(name, labels)
         assert isinstance(metric, Gauge)
         metric.set(value)
 
+    def add(self, name: str, value: float) -> None:
+        metric = self._of(name, ())
+        assert isinstance(metric, Gauge)
+        metric.inc(value)
+
+    def text(self) -> str:
+        return generate_latest(self.registry).decode()
+
+
+def _combinations(row: MetricRow) -> Iterable[tuple[str, ...]]:
+    return itertools.product(*row.labels.values())
+
 
 class ServerMetrics:
-    """The ingress' numbers."""
+    """The numbers of one ingress."""
 
-    def __init__(self, version: str) -> None:
-        self._table = _Table(SERVER_ROWS)
+    def __init__(self, version: str, replica: str = "local", workers_wanted: int = 1) -> None:
+        self._table = _Table(SERVER_ROWS, replica)
         self._table.set("zimage_build_info", 1, version)
-        # Present from the first scrape, so that a rate over them has a start.
-        self._table.count("zimage_requests", "ok", by=0)
-        for stage in ("encode", "denoise", "decode", "picture"):
-            self._table.count("zimage_guard_trips", stage, by=0)
+        self._table.set("zimage_workers_wanted", workers_wanted)
+        self._table.set("zimage_requests_in_flight", 0)
 
-    @property
-    def registry(self) -> CollectorRegistry:
-        return self._table.registry
+    def named_text(self) -> tuple[str, str]:
+        """This ingress' name and its metrics as text."""
+        return self._table.replica, self._table.text()
 
-    def record(self, report: GenerationReport, seconds: float) -> None:
+    def started(self) -> None:
+        """A request came in; each is followed by one `record` or one `record_failure`, and one `ended`."""
+        self._table.add("zimage_requests_in_flight", 1)
+
+    def ended(self) -> None:
+        """A request that had `started` has its answer, or nobody waits for it any more."""
+        self._table.add("zimage_requests_in_flight", -1)
+
+    def record(
+        self,
+        report: GenerationReport,
+        seconds: float,
+        enhance_seconds: float = 0.0,
+        encode_file_seconds: float = 0.0,
+    ) -> None:
         """A request was served in `seconds`, waiting included."""
-        self._table.count("zimage_requests", "ok")
-        self._table.count("zimage_pictures", by=len(report.pictures))
-        self._table.observe("zimage_request_seconds", seconds)
+        table = self._table
+        table.count("zimage_requests", "ok")
+        table.count("zimage_pictures", by=len(report.pictures))
+        table.count("zimage_pixels", by=len(report.pictures) * report.width * report.height)
+        table.observe("zimage_request_seconds", seconds)
+        worked = enhance_seconds + report.seconds + encode_file_seconds
+        table.observe("zimage_queue_wait_seconds", seconds - worked)
+        table.observe("zimage_generation_seconds", enhance_seconds, "enhance")
+        table.observe("zimage_generation_seconds", encode_file_seconds, "encode_file")
         for picture in report.pictures:
-            self._table.observe("zimage_generation_seconds", picture.encode_seconds, "encode")
-            self._table.observe("zimage_generation_seconds", picture.denoise_seconds, "denoise")
-            self._table.observe("zimage_generation_seconds", picture.decode_seconds, "decode")
-            self._table.observe("zimage_generation_seconds", picture.seconds, "total")
+            table.observe("zimage_generation_seconds", picture.encode_seconds, "encode")
+            table.observe("zimage_generation_seconds", picture.denoise_seconds, "denoise")
+            table.observe("zimage_generation_seconds", picture.decode_seconds, "decode")
+            if picture.refine_seconds > 0:
+                table.observe("zimage_generation_seconds", picture.refine_seconds, "refine")
+            table.observe("zimage_generation_seconds", picture.seconds, "total")
             self._record_guard(picture.guard.trips)
-            self._table.count("zimage_guard_clipped_values", by=picture.guard.clipped_values)
+            table.count("zimage_guard_clipped_values", by=picture.guard.clipped_values)
         for notice in report.warnings + tuple(w for picture in report.pictures for w in picture.warnings):
-            self._table.count("zimage_warnings", notice.code)
+            table.count("zimage_warnings", notice.code)
 
     def record_failure(self, outcome: str, trips: Iterable[GuardTrip] = ()) -> None:
-        """A request ended without pictures; `outcome` is from the closed set of error codes."""
+        """A request ended without pictures; `outcome` is one of OUTCOMES."""
         self._table.count("zimage_requests", outcome)
         self._record_guard(trips)
 
@@ -179,17 +457,21 @@ class ServerMetrics:
 
 
 class WorkerMetrics:
-    """One worker's numbers, each with the worker's name in the label `replica`."""
+    """One worker's numbers."""
 
-    def __init__(self, replica: str, description: ModelDescription) -> None:
-        self._replica = replica
-        self._table = _Table(WORKER_ROWS)
-        self._table.set("zimage_worker_up", 1, replica)
-        self._table.set("zimage_worker_busy", 0, replica)
-        self._table.set(
+    def __init__(
+        self, replica: str, description: ModelDescription, load_seconds: float = 0.0, repairs: int = 0
+    ) -> None:
+        self._table = _Table(WORKER_ROWS, replica)
+        self._last_step = 0.0
+        table = self._table
+        table.set("zimage_worker_up", 1)
+        table.set("zimage_worker_busy", 0)
+        table.set("zimage_model_load_seconds", load_seconds)
+        table.set("zimage_model_repairs", repairs)
+        table.set(
             "zimage_worker_model_info",
             1,
-            replica,
             description.id,
             description.family,
             description.device,
@@ -197,25 +479,50 @@ class WorkerMetrics:
         )
 
     def set_busy(self, busy: bool) -> None:
-        self._table.set("zimage_worker_busy", float(busy), self._replica)
+        self._table.set("zimage_worker_busy", float(busy))
 
-    def text(self, status: DeviceStatus) -> str:
-        """The worker's metrics as text, with the device's memory as it is now."""
-        for kind, size in (("used", status.used_bytes), ("total", status.total_bytes)):
+    def stepped(self, progress: StepProgress) -> None:
+        """A step has ended now; called for each, in the one thread that draws."""
+        now = time.perf_counter()
+        if progress.step > 1:
+            self._table.observe("zimage_step_seconds", now - self._last_step)
+        self._last_step = now
+
+    def text(
+        self,
+        status: DeviceStatus,
+        memory: MemoryFigures | None = None,
+        store_bytes: tuple[int, int] | None = None,
+    ) -> str:
+        """The worker's metrics as text, with the memory and the disk (free, total) as they are now."""
+        table, figures = self._table, memory or MemoryFigures()
+        sizes = {"used": status.used_bytes, "total": status.total_bytes, **figures.bytes_by_kind}
+        for kind, size in sizes.items():
             if size is not None:
-                self._table.set("zimage_device_memory_bytes", size, self._replica, kind)
-        return generate_latest(self._table.registry).decode()
+                table.set("zimage_vram_bytes", size, kind)
+        if figures.fragmentation_ratio is not None:
+            table.set("zimage_vram_fragmentation_ratio", figures.fragmentation_ratio)
+        if figures.offload_mode is not None:
+            for mode in OFFLOAD_MODES:
+                table.set("zimage_offload_mode", float(mode == figures.offload_mode), mode)
+        for kind, runs in figures.defrags.items():
+            table.count_up_to("zimage_defrag", runs, kind)
+        table.count_up_to("zimage_defrag_seconds", figures.defrag_seconds)
+        for (stage, outcome), events in figures.ooms.items():
+            table.count_up_to("zimage_oom", events, stage, outcome)
+        for kind, size in zip(("free", "total"), store_bytes or (), strict=False):
+            table.set("zimage_store_bytes", size, kind)
+        return table.text()
 
 
 class _Merged(Collector):
     """Families of several sources under one heading each."""
 
-    def __init__(self, own: CollectorRegistry, texts: Iterable[str]) -> None:
-        self._own = own
+    def __init__(self, texts: Iterable[str], is_model_loaded: bool) -> None:
         self._texts = tuple(texts)
+        self._is_model_loaded = is_model_loaded
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._own.collect()
         families: dict[str, Metric] = {}
         for text in self._texts:
             for family in text_string_to_metric_families(text):
@@ -223,10 +530,16 @@ class _Merged(Collector):
                 if known is not family:
                     known.samples.extend(family.samples)
         yield from families.values()
+        (row,) = SCRAPE_ROWS
+        yield GaugeMetricFamily(row.name, row.help, float(self._is_model_loaded))
 
 
-def merged(own: CollectorRegistry, worker_texts: Iterable[str]) -> str:
-    """One exposition text of the ingress' registry and of every worker's text."""
+def merged(ingresses: Iterable[tuple[str, str]], workers: Iterable[str]) -> str:
+    """One exposition text of the named texts of ingresses and of every worker's text.
+
+    Of one ingress that is there twice the last text counts: two would be the same series with two values.
+    """
+    worker_texts = tuple(workers)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Merged(own, worker_texts))
+    registry.register(_Merged((*dict(ingresses).values(), *worker_texts), bool(worker_texts)))
     return generate_latest(registry).decode()

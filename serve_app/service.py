@@ -10,7 +10,8 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,17 @@ class Readiness:
 class ImageService:
     """Pictures from the workers behind `worker`, which is asked through Ray only."""
 
-    def __init__(self, worker: DeploymentHandle, metrics: ServerMetrics, settings: Settings) -> None:
+    def __init__(
+        self,
+        worker: DeploymentHandle,
+        metrics: ServerMetrics,
+        settings: Settings,
+        ingresses: DeploymentHandle | None = None,
+    ) -> None:
+        """`ingresses` reaches every ingress, this one too; None where there is only this one."""
         self._worker = worker
         self._streaming_worker = worker.options(stream=True)
+        self._ingresses = ingresses
         self._metrics = metrics
         self._settings = settings
         self._description: ModelDescription | None = None
@@ -81,23 +90,35 @@ class ImageService:
         Raises InvalidRequest, ModelNotReady, WorkerLost, or Serve's BackPressureError.
         """
         started = time.monotonic()
-        try:
+        with self.failures_counted():
             description = await self.description()
             if description is None:
                 raise ModelNotReady(self._reason_not_ready())
             # What cannot be drawn is told now, not after a place in the queue has come up.
             plan = resolve(request, description)
+            enhancing = time.perf_counter()
             enhanced = self._enhanced(plan, request.enhance, description)
+            enhance_seconds = time.perf_counter() - enhancing
             reply = await self._drawn(_ready_to_draw(request, plan, enhanced), encoding, on_progress)
+        report = replace(reply.report, enhancement=enhanced)
+        seconds = time.monotonic() - started
+        self._metrics.record(report, seconds, enhance_seconds, reply.encode_file_seconds)
+        return replace(reply, report=report)
+
+    @contextmanager
+    def failures_counted(self) -> Iterator[None]:
+        """A request is under way inside; how it fails there is counted, and raised on."""
+        self._metrics.started()
+        try:
+            yield
         except (Exception, asyncio.CancelledError) as error:
             cancelled = isinstance(error, asyncio.CancelledError)
             self._metrics.record_failure(
                 "cancelled" if cancelled else outcome_of(error), getattr(error, "trips", ())
             )
             raise
-        report = replace(reply.report, enhancement=enhanced)
-        self._metrics.record(report, time.monotonic() - started)
-        return replace(reply, report=report)
+        finally:
+            self._metrics.ended()
 
     async def description(self) -> ModelDescription | None:
         """What the workers loaded; None until the first of them has its model. Asked once, then kept."""
@@ -117,8 +138,11 @@ class ImageService:
         return statuses[0] if statuses else None
 
     async def metrics_text(self) -> str:
-        """The ingress' metrics and those of every worker that answers, as one text."""
-        return merged(self._metrics.registry, await self._ask_all("metrics_text"))
+        """The metrics of every ingress and of every worker that answers, as one text."""
+        others, workers = await asyncio.gather(
+            self._ask_ingresses("metrics_text"), self._ask_all("metrics_text")
+        )
+        return merged([*others, self._metrics.named_text()], workers)
 
     def _enhanced(self, plan: SamplingPlan, wanted: bool, description: ModelDescription) -> EnhancedPrompt:
         if not wanted:
@@ -187,8 +211,14 @@ class ImageService:
 
     async def _ask_all(self, method: str) -> list[Any]:
         """What each worker answers, past the queue of pictures; those that do not answer are left out."""
+        return await self._asked(self._worker, method)
+
+    async def _ask_ingresses(self, method: str) -> list[Any]:
+        return [] if self._ingresses is None else await self._asked(self._ingresses, method)
+
+    async def _asked(self, replicas: DeploymentHandle, method: str) -> list[Any]:
         try:
-            response = self._worker.broadcast(method)
+            response = replicas.broadcast(method)
             answers = await response.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
         except (TimeoutError, RayServeException):  # Serve's, where no worker runs at the moment
             return []

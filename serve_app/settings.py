@@ -19,6 +19,7 @@ from pydantic_settings import YamlConfigSettingsSource as YamlSource
 
 from zimage_engine.errors import InvalidRequest
 from zimage_engine.loading.lora_weight import LoraWeight, parse_lora
+from zimage_engine.memory.residency import MemoryWishes, parse_memory
 
 ENVIRONMENT_PREFIX = "ZIMAGE_"
 CONFIG_FILE_VARIABLE = "ZIMAGE_CONFIG"
@@ -62,6 +63,19 @@ class Settings(BaseSettings):
     dtype: Literal["bfloat16", "float32", "float16"] | None = Field(
         default=None,
         description="bfloat16, float32 or float16, where the model bears it; empty: the family's own.",
+    )
+    offload: Literal["auto", "none", "model", "stream", "sequential", "disk"] = Field(
+        default="auto",
+        description="How weights that do not fit on the card are brought there; auto: the fastest that fits.",
+    )
+    vram: int | None = Field(
+        default=None,
+        ge=1,
+        description="Memory of the card that may be used, such as 12GiB, 8G or bytes; empty: what is free.",
+    )
+    float8: bool = Field(
+        default=False,
+        description="Keep the denoiser's matrices in float8: half the memory, a little coarser.",
     )
     device: str | None = Field(
         default=None, description="cuda, cuda:1, mps or cpu; empty: the best that the worker finds."
@@ -119,6 +133,22 @@ class Settings(BaseSettings):
     def _empty_is_none(cls, value: Any) -> Any:
         """An empty string, as `ZIMAGE_MODEL=` gives it, is no value."""
         return None if isinstance(value, str) and not value.strip() else value
+
+    @field_validator("vram", mode="before")
+    @classmethod
+    def _read_vram(cls, value: Any) -> Any:
+        """Bytes, or text with a unit."""
+        if not isinstance(value, str) or not value.strip():
+            return value or None
+        try:
+            return parse_memory(value, "vram")
+        except InvalidRequest as wrong:
+            raise ValueError(str(wrong)) from wrong
+
+    @property
+    def memory(self) -> MemoryWishes:
+        """The wishes about the device's memory in the engine's words."""
+        return MemoryWishes(None if self.offload == "auto" else self.offload, self.vram, self.float8)
 
     @field_validator("loras", mode="before")
     @classmethod

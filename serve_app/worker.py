@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from serve_app.image_codec import ImageEncoding, PictureFacts, encode
 from serve_app.logs import log_to_terminal
 from serve_app.metrics import WorkerMetrics
+from serve_app.replica import replica_name
 from serve_app.settings import Settings
 from serve_app.worker_reply import WorkerReply
 from zimage_engine.sampling.control import DrawingControl
@@ -46,9 +49,11 @@ class ImageWorker:
         self._turn = asyncio.Lock()
         self._drawing_seconds = settings.drawing_seconds
         loop = asyncio.get_running_loop()
+        began = time.perf_counter()
         self._engine: Engine = await loop.run_in_executor(self._device_thread, _load_engine, settings)
+        loaded_seconds, repairs = time.perf_counter() - began, len(self._engine.repairs)
         self._description = self._engine.description
-        self._metrics = WorkerMetrics(_replica_name(), self._description)
+        self._metrics = WorkerMetrics(replica_name(), self._description, loaded_seconds, repairs)
 
     async def generate(self, request: GenerationRequest, encoding: ImageEncoding) -> WorkerReply:
         """Draw what is asked and encode it. Cancelling stops the drawing after the current step."""
@@ -85,7 +90,7 @@ class ImageWorker:
 
     async def metrics_text(self) -> str:
         """This worker's metrics in Prometheus' text form."""
-        return self._metrics.text(self._engine.device_status())
+        return self._metrics.text(self._engine.device_status(), store_bytes=_store_bytes())
 
     async def check_health(self) -> None:
         """Called by Serve: raises where the device no longer answers, and the worker is replaced."""
@@ -97,7 +102,12 @@ class ImageWorker:
         loop = asyncio.get_running_loop()
         async with self._turn:
             self._metrics.set_busy(True)
-            control = DrawingControl(self._drawing_seconds, on_step=publish)
+
+            def stepped(progress: StepProgress) -> None:
+                self._metrics.stepped(progress)
+                publish(progress)
+
+            control = DrawingControl(self._drawing_seconds, on_step=stepped)
             drawing = loop.run_in_executor(
                 self._device_thread, partial(self._engine.generate, request, control=control)
             )
@@ -148,21 +158,22 @@ def _load_engine(settings: Settings) -> Engine:
         vae=settings.vae,
         loras=settings.loras,
         dtype=settings.dtype,
+        memory=settings.memory,
     )
 
 
-def _replica_name() -> str:
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
+def _store_bytes() -> tuple[int, int]:
+    """Free and total bytes of the disk that the cache folder is on, or would be made on."""
+    from zimage_engine.loading.view import default_cache_folder
 
-    try:
-        return serve.get_replica_context().replica_id.unique_id
-    except RayServeException:
-        return "local"
+    wanted = default_cache_folder()
+    store = shutil.disk_usage(next(folder for folder in (wanted, *wanted.parents) if folder.exists()))
+    return store.free, store.total
 
 
 def _encoded(result: GenerationResult, encoding: ImageEncoding) -> WorkerReply:
     report = result.report
+    began = time.perf_counter()
     pictures = tuple(
         encode(
             image,
@@ -183,4 +194,4 @@ def _encoded(result: GenerationResult, encoding: ImageEncoding) -> WorkerReply:
         )
         for image, picture in zip(result.images, report.pictures, strict=True)
     )
-    return WorkerReply(pictures, report)
+    return WorkerReply(pictures, report, time.perf_counter() - began)

@@ -10,17 +10,21 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage_engine import quality
-from zimage_engine.errors import GuardExhausted
+from zimage_engine.errors import DoesNotFit, GuardExhausted, OutOfMemory
 from zimage_engine.families import ModelFamily
 from zimage_engine.loading.adapter import ModelLoaderAdapter
 from zimage_engine.loading.describe import describe, max_tokens
 from zimage_engine.loading.lora import replace_loras
 from zimage_engine.loading.lora_layouts import check_loras
 from zimage_engine.loading.lora_weight import LoraWeight
+from zimage_engine.memory.oom import MemoryReport
+from zimage_engine.memory.residency import MemoryWishes
+from zimage_engine.memory.room import Room, keeper_for
 from zimage_engine.memory.snapshot import available_devices, choose_device, device_clock, device_status
 from zimage_engine.prompts import enhancer
 from zimage_engine.prompts.tokens import token_counter
@@ -38,6 +42,7 @@ from zimage_engine.types import (
     GuardAttempt,
     GuardTrip,
     LoraUse,
+    MemoryUse,
     ModelDescription,
     Notice,
     OnStep,
@@ -61,14 +66,27 @@ class Engine:
     It has no lock: call `generate` from one thread at a time. The pipeline and its scheduler have a state.
     """
 
-    def __init__(self, pipeline: Any, family: ModelFamily, model_id: str, device: str) -> None:
-        """Take over a verified pipeline that is on `device`; `Engine.load` is the usual way here."""
-        self.pipeline = pipeline
+    def __init__(
+        self,
+        pipeline: Any,
+        family: ModelFamily,
+        model_id: str,
+        device: str,
+        memory: MemoryWishes | None = None,
+    ) -> None:
+        """Take over a verified pipeline; `Engine.load` is the usual way here.
+
+        The pipeline comes on the host: what of it goes to `device`, and when, is the memory plan's.
+        """
+        self.pipeline = pipeline.to("cpu")
         self.description: ModelDescription = describe(pipeline, family, model_id, device)
         self._max_tokens = max_tokens(pipeline, family)
         self._clock = device_clock(device)
         self._guarded = GuardedPipeline(pipeline, family, self._clock)
+        self._keeper = keeper_for(self.pipeline, family, device, memory or MemoryWishes())
         self._loras: tuple[LoraUse, ...] = ()
+        #: The repairs that the checkpoint needed to be loaded, by name.
+        self.repairs: tuple[str, ...] = ()
         tokenizer_json = self.description.tokenizer_json
         self._count_tokens = token_counter(tokenizer_json) if tokenizer_json else None
 
@@ -84,13 +102,15 @@ class Engine:
         vae: str | Path | None = None,
         loras: Sequence[LoraWeight] = (),
         dtype: str | None = None,
+        memory: MemoryWishes | None = None,
     ) -> Engine:
         """Load a model folder, single file or hub id; None is the demo model that comes with the package.
 
         `family` says what kind of model it is where the files do not; `base` is a folder or hub id that
         supplies what a single file lacks, `text_encoder` and `vae` are folders or files with that one part.
         `loras` are put on as by `set_loras`. `dtype` is "bfloat16", "float32" or "float16", None the family's
-        own; DtypeRefused with the reason where the model does not bear it.
+        own; DtypeRefused with the reason where the model does not bear it. `memory` limits what of the
+        device's memory is used, and how; None: whatever is fastest and fits.
 
         `device` is "cuda", "cuda:1", "mps" or "cpu"; None takes the best there is, in that order.
         Raises DeviceUnavailable, CheckpointNotFound, UnknownFamily or CheckpointDamaged.
@@ -105,9 +125,10 @@ class Engine:
             vae=vae,
             dtype=dtype,
         )
-        pipeline = adapter.load().to(chosen)
-        engine = cls(pipeline, adapter.family, _model_id(path_or_id), chosen)
+        engine = cls(adapter.load(), adapter.family, _model_id(path_or_id), chosen, memory)
         engine.set_loras(loras)
+        engine.place()
+        engine.repairs = tuple(made.repair.name for made in adapter.mending.repairs)
         return engine
 
     @property
@@ -122,12 +143,31 @@ class Engine:
         Raises CheckpointNotFound or CheckpointDamaged where a file does not fit the model whole.
         """
         check_loras(loras)
-        reports = replace_loras(self.pipeline, loras)
+        with self._keeper.weights_change():
+            reports = replace_loras(self.pipeline, loras)
         self._loras = tuple(
             LoraUse(lora.path.name, lora.weight, report.adapted_modules)
             for lora, report in zip(loras, reports, strict=True)
         )
         return self._loras
+
+    def place(self) -> None:
+        """Bring the weights to where a picture of the model's own size wants them: the first is quick then.
+
+        A device with too little memory for that size may have enough for a smaller one: that is no error.
+        """
+        model = self.description
+        try:
+            plan = self._keeper.before(
+                model.native_width, model.native_height, model.default_guidance_scale > 1.0
+            )
+            logger.info("memory: %s", plan.because)
+        except (DoesNotFit, OutOfMemory) as error:
+            logger.warning("memory: %s", error)
+
+    def memory_report(self) -> MemoryReport:
+        """The memory plan in force, what the device holds, and what was done against a lack of it so far."""
+        return self._keeper.report
 
     def device_status(self) -> DeviceStatus:
         """What the device is called and how much of its memory is used now."""
@@ -145,7 +185,8 @@ class Engine:
         this thread; what it raises ends the drawing and comes out here. `control` does the same and more: it
         cancels from another thread, sets a deadline, and shows the latents. However a drawing ends, the next
         one is as from a fresh engine.
-        Raises InvalidRequest or InvalidSize before anything is drawn, GuardExhausted where a value that is
+        Raises InvalidRequest, InvalidSize or DoesNotFit before anything is drawn, OutOfMemory where the
+        device's memory is used up whatever is moved off it, GuardExhausted where a value that is
         not finite came back whatever was tried, GenerationCancelled or DeadlineExceeded when told to stop.
         """
         started = time.perf_counter()
@@ -154,10 +195,17 @@ class Engine:
         plan = plan.with_prompts(enhancement)
         reins = _Reins(control or DrawingControl(), on_step, plan)
         reins.check()
-        embeddings = self._guarded.encode(plan, self._max_tokens)
-        pictures = [self._draw(plan, embeddings, index, reins) for index in range(len(plan.seeds))]
+        room = Room(self._keeper, lambda: self._guarded.stage)
+        with room.for_request(plan.width_px, plan.height_px, plan.guidance_scale > 1.0):
+            embeddings = room.made_for(lambda: self._guarded.encode(plan, self._max_tokens))
+            self._keeper.encoded()
+            pictures = [
+                room.made_for(partial(self._draw, plan, embeddings, index, reins))
+                for index in range(len(plan.seeds))
+            ]
         images = [picture.image for picture in pictures]
-        return GenerationResult(images, self._report(plan, enhancement, embeddings, pictures, started))
+        report = self._report(plan, enhancement, embeddings, pictures, room.use, started)
+        return GenerationResult(images, report)
 
     def _enhance(self, plan: SamplingPlan, wanted: bool) -> EnhancedPrompt:
         if not wanted:
@@ -220,6 +268,7 @@ class Engine:
         enhancement: EnhancedPrompt,
         embeddings: PromptEmbeddings,
         pictures: list[_Finished],
+        memory: MemoryUse,
         started: float,
     ) -> GenerationReport:
         """What happened. The first picture's report carries what encoding the prompts took, and its trips."""
@@ -255,6 +304,7 @@ class Engine:
             seconds=time.perf_counter() - started,
             pictures=reports,
             warnings=plan.warnings + embeddings.warnings,
+            memory=memory,
             loras=self._loras,
         )
 
@@ -292,9 +342,13 @@ class _Reins:
         self._control = control
         self._on_step = on_step
         self._plan = plan
+        self._told = (0, 0)
 
     def of_picture(self, index: int) -> Callable[[int, Any], None]:
         def stepped(step: int, latents: Any) -> None:
+            if (index, step) <= self._told:  # drawn again for want of memory
+                return
+            self._told = (index, step)
             progress = StepProgress(index + 1, len(self._plan.seeds), step, self._plan.steps)
             if self._on_step is not None:
                 self._on_step(progress)

@@ -119,6 +119,21 @@ class GuardTrace:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Where the weights lay while a request was drawn; bytes are of the device.
+
+    `offload` is the way (none, model, stream, sequential, disk), `plan` says it in a line with its reason.
+    `predicted_peak_bytes` is None on a device without memory of its own. `oom_recoveries` tells what was done
+    after each out-of-memory: freed, leaner, tiled.
+    """
+
+    offload: str
+    plan: str
+    predicted_peak_bytes: int | None = None
+    oom_recoveries: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PictureReport:
     """How one picture was made. Seconds are wall-clock; the stages are what the pipeline spent.
 
@@ -167,6 +182,7 @@ class GenerationReport:
     seconds: float
     pictures: tuple[PictureReport, ...]
     warnings: tuple[Notice, ...] = ()
+    memory: MemoryUse | None = None
     loras: tuple[LoraUse, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -38,15 +38,17 @@ _BODY_IN_DOCS = {
 )
 async def generate(request: Request) -> JSONResponse:
     """The body is read here and not by FastAPI, whose messages are not made for callers."""
-    _check_headers(request)
-    wire = schema.parse(schema.read_json(await request.body()))
-    encoding = schema.to_encoding(wire)
     service = service_of(request)
-    description = await service.description()
-    if description is None:
-        raise ModelNotReady((await service.readiness()).reason)
-    schema.check_model(wire, description)
-    reply = await service.generate(schema.to_engine(wire), encoding)
+    with service.failures_counted():
+        _check_headers(request)
+        wire = schema.parse(schema.read_json(await request.body()))
+        encoding = schema.to_encoding(wire)
+        description = await service.description()
+        if description is None:
+            raise ModelNotReady((await service.readiness()).reason)
+        schema.check_model(wire, description)
+        asked = schema.to_engine(wire)
+    reply = await service.generate(asked, encoding)
     return JSONResponse(
         schema.to_response(wire, encoding, reply.pictures, reply.report),
         headers={"x-engine-seconds": f"{reply.report.seconds:.4f}"},

@@ -144,10 +144,11 @@ async def test_metrics_tell_of_requests_and_of_the_worker(client: httpx.AsyncCli
     await draw(client, n=2, num_inference_steps=2)
     await client.post(URL, json={"prompt": "a red circle", "size": "100x100"})
     text = (await client.get("/metrics")).text
-    assert 'zimage_requests_total{outcome="ok"} 1.0' in text
-    assert 'zimage_requests_total{outcome="invalid_value"} 1.0' in text
-    assert "zimage_pictures_total 2.0" in text
-    assert 'zimage_generation_seconds_count{stage="denoise"} 2.0' in text
+    assert 'zimage_requests_total{outcome="ok",replica="local"} 1.0' in text
+    assert 'zimage_requests_total{outcome="invalid_value",replica="local"} 1.0' in text
+    assert 'zimage_pictures_total{replica="local"} 2.0' in text
+    assert 'zimage_generation_seconds_count{replica="local",stage="denoise"} 2.0' in text
+    assert 'zimage_step_seconds_count{replica="local"}' in text
     assert 'zimage_worker_up{replica="local"} 1.0' in text
     assert 'model="tiny-z-image"' in text
     assert "zimage_warnings_total{code=" in text

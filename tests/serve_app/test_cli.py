@@ -504,3 +504,16 @@ def test_every_format_of_an_ending_is_one_that_can_be_written() -> None:
         ImageEncoding(file_format)
     with pytest.raises(InvalidRequest):
         ImageEncoding("gif")  # type: ignore[arg-type]
+
+
+def test_memory_is_a_card_s_and_a_size_has_a_unit(tmp_path: Path) -> None:
+    target = str(tmp_path / "star.png")
+    in_vain = run("generate", "a star", "-o", target, "--device", "cpu", "--vram", "12GiB", *QUICK)
+    assert in_vain.exit_code == 2
+    assert "cpu has none; leave it out" in in_vain.stderr
+    unread = run("generate", "a star", "-o", target, "--vram", "much", *QUICK)
+    assert unread.exit_code == 2
+    assert "--vram must be a size such as 12GiB" in unread.stderr
+    unknown = run("launch", "--offload", "gpu")
+    assert unknown.exit_code == 2
+    assert "--offload: input should be 'auto', 'none', 'model'" in unknown.stderr

@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+from typing import Any, get_args
+
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve_app.metrics import SERVER_ROWS, WORKER_ROWS, ServerMetrics, WorkerMetrics, merged
+from serve_app import error_mapping, openai_schema
+from serve_app.metrics import (
+    ATTEMPTS,
+    DEFRAGS,
+    GUARDED,
+    OFFLOAD_MODES,
+    OOM_OUTCOMES,
+    OOM_STAGES,
+    OUTCOMES,
+    ROWS,
+    RUNGS,
+    SERVER_ROWS,
+    VRAM_KINDS,
+    WARNINGS,
+    WORKER_ROWS,
+    MemoryFigures,
+    ServerMetrics,
+    WorkerMetrics,
+    merged,
+)
 from tests.serve_app.test_openai_schema import MODEL
+from tests.serve_app.wrong_inputs import WRONG_INPUTS
+from zimage_engine import quality
+from zimage_engine.families import FAMILIES
+from zimage_engine.memory import defrag, oom
+from zimage_engine.memory.residency import Residency
 from zimage_engine.prompts.enhancer import unchanged
-from zimage_engine.types import DeviceStatus, GenerationReport, Notice, PictureReport
+from zimage_engine.sampling import recovery
+from zimage_engine.types import (
+    DeviceStatus,
+    GenerationReport,
+    GuardAttempt,
+    GuardTrip,
+    Notice,
+    PictureReport,
+    StepProgress,
+)
 
 CUDA = DeviceStatus("cuda", "A card", total_bytes=12_000, used_bytes=5_000)
 CPU = DeviceStatus("cpu", "A processor", total_bytes=None, used_bytes=None)
@@ -28,9 +66,9 @@ REPORT = GenerationReport(
     seconds=3.0,
     pictures=(
         PictureReport(1, 1.5, 0.2, 1.0, 0.3),
-        PictureReport(2, 1.25, 0.0, 1.0, 0.25, warnings=(Notice("flat", "flat"),)),
+        PictureReport(2, 1.25, 0.0, 1.0, 0.25, warnings=(Notice("picture_flat", "flat"),)),
     ),
-    warnings=(Notice("few_steps", "few"),),
+    warnings=(Notice("num_inference_steps_outside_range", "few"),),
 )
 
 
@@ -42,36 +80,145 @@ def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     }
 
 
+ME = ("replica", "local")
+
+
 def test_a_report_is_counted_by_picture_and_by_stage() -> None:
-    metrics = ServerMetrics("1.2.3")
-    metrics.record(REPORT, seconds=4.0)
+    metrics = ServerMetrics("1.2.3", workers_wanted=3)
+    metrics.record(REPORT, seconds=4.0, enhance_seconds=0.25, encode_file_seconds=0.5)
     metrics.record_failure("queue_full")
     metrics.record_retry()
-    seen = samples(merged(metrics.registry, []))
-    assert seen["zimage_requests_total", (("outcome", "ok"),)] == 1
-    assert seen["zimage_requests_total", (("outcome", "queue_full"),)] == 1
-    assert seen["zimage_pictures_total", ()] == 2
-    assert seen["zimage_request_seconds_sum", ()] == 4.0
-    assert seen["zimage_generation_seconds_sum", (("stage", "total"),)] == 2.75
-    assert seen["zimage_generation_seconds_count", (("stage", "decode"),)] == 2
-    assert seen["zimage_warnings_total", (("code", "flat"),)] == 1
-    assert seen["zimage_warnings_total", (("code", "few_steps"),)] == 1
-    assert seen["zimage_worker_retries_total", ()] == 1
-    assert seen["zimage_build_info", (("version", "1.2.3"),)] == 1
+    seen = samples(merged([metrics.named_text()], []))
+    assert seen["zimage_requests_total", (("outcome", "ok"), ME)] == 1
+    assert seen["zimage_requests_total", (("outcome", "queue_full"), ME)] == 1
+    assert seen["zimage_pictures_total", (ME,)] == 2
+    assert seen["zimage_pixels_total", (ME,)] == 2 * 64 * 64
+    assert seen["zimage_request_seconds_sum", (ME,)] == 4.0
+    assert seen["zimage_queue_wait_seconds_sum", (ME,)] == 4.0 - 3.0 - 0.25 - 0.5
+    assert seen["zimage_generation_seconds_sum", (ME, ("stage", "total"))] == 2.75
+    assert seen["zimage_generation_seconds_count", (ME, ("stage", "decode"))] == 2
+    assert seen["zimage_generation_seconds_sum", (ME, ("stage", "enhance"))] == 0.25
+    assert seen["zimage_generation_seconds_sum", (ME, ("stage", "encode_file"))] == 0.5
+    assert ("zimage_generation_seconds_count", (ME, ("stage", "refine"))) not in seen, "nothing was refined"
+    assert seen["zimage_warnings_total", (("code", "picture_flat"), ME)] == 1
+    assert seen["zimage_warnings_total", (("code", "num_inference_steps_outside_range"), ME)] == 1
+    assert seen["zimage_worker_retries_total", (ME,)] == 1
+    assert seen["zimage_workers_wanted", (ME,)] == 3
+    assert seen["zimage_build_info", (ME, ("version", "1.2.3"))] == 1
+    assert seen["zimage_model_loaded", ()] == 0
 
 
-def test_the_workers_texts_are_joined_under_one_heading_each() -> None:
+def test_what_is_under_way_is_told_until_it_ends() -> None:
+    metrics = ServerMetrics("1")
+    metrics.started()
+    metrics.started()
+    metrics.ended()
+    assert samples(metrics.named_text()[1])["zimage_requests_in_flight", (ME,)] == 1
+
+
+def test_the_texts_of_all_replicas_are_joined_under_one_heading_each() -> None:
     texts = [WorkerMetrics("one", MODEL).text(CUDA), WorkerMetrics("two", MODEL).text(CPU)]
-    text = merged(ServerMetrics("1").registry, texts)
-    assert text.count("# HELP zimage_worker_up ") == 1
+    ingresses = [ServerMetrics("1", name).named_text() for name in ("left", "right")]
+    text = merged(ingresses, texts)
+    assert text.count("# HELP zimage_worker_up ") == text.count("# HELP zimage_requests_total ") == 1
     seen = samples(text)
     assert seen["zimage_worker_up", (("replica", "one"),)] == 1
     assert seen["zimage_worker_up", (("replica", "two"),)] == 1
-    assert seen["zimage_device_memory_bytes", (("kind", "used"), ("replica", "one"))] == 5_000
-    assert ("zimage_device_memory_bytes", (("kind", "used"), ("replica", "two"))) not in seen
+    assert seen["zimage_pictures_total", (("replica", "left"),)] == 0
+    assert seen["zimage_pictures_total", (("replica", "right"),)] == 0
+    assert seen["zimage_vram_bytes", (("kind", "used"), ("replica", "one"))] == 5_000
+    assert ("zimage_vram_bytes", (("kind", "used"), ("replica", "two"))) not in seen
+    assert seen["zimage_model_loaded", ()] == 1
 
 
-def test_names_end_in_their_unit_and_are_told_once() -> None:
-    rows = SERVER_ROWS + WORKER_ROWS
-    assert len({row.name for row in rows}) == len(rows)
-    assert all(row.name.startswith("zimage_") and row.help.endswith(".") for row in rows)
+def test_an_ingress_that_is_there_twice_has_one_series() -> None:
+    metrics = ServerMetrics("1", "left")
+    before = metrics.named_text()
+    metrics.record(REPORT, 4.0)
+    text = merged([before, metrics.named_text()], [])
+    assert [line for line in text.splitlines() if line.startswith("zimage_pictures_total")] == [
+        'zimage_pictures_total{replica="left"} 2.0'
+    ]
+
+
+def test_a_step_is_timed_from_the_step_before_of_the_same_picture() -> None:
+    metrics = WorkerMetrics("one", MODEL)
+    for picture in (1, 2):
+        for step in (1, 2, 3):
+            metrics.stepped(StepProgress(picture, 2, step, 3))
+    assert samples(metrics.text(CPU))["zimage_step_seconds_count", (("replica", "one"),)] == 4
+
+
+def test_a_memory_keepers_totals_become_counters() -> None:
+    metrics = WorkerMetrics("one", MODEL)
+    figures = MemoryFigures(
+        bytes_by_kind={"allocated": 3, "reserved": 4, "peak": 5},
+        fragmentation_ratio=0.25,
+        offload_mode="stream",
+        defrags={"deep": 2},
+        defrag_seconds=1.5,
+        ooms={("decode", "tiled"): 3},
+    )
+    metrics.text(CUDA, figures)
+    seen = samples(metrics.text(CUDA, figures, store_bytes=(7, 8)))
+    one = ("replica", "one")
+    assert seen["zimage_vram_bytes", (("kind", "reserved"), one)] == 4
+    assert seen["zimage_vram_fragmentation_ratio", (one,)] == 0.25
+    assert seen["zimage_offload_mode", (("mode", "stream"), one)] == 1
+    assert seen["zimage_offload_mode", (("mode", "none"), one)] == 0
+    assert seen["zimage_defrag_total", (("kind", "deep"), one)] == 2
+    assert seen["zimage_defrag_total", (("kind", "empty_cache"), one)] == 0
+    assert seen["zimage_defrag_seconds_total", (one,)] == 1.5
+    assert seen["zimage_oom_total", (("outcome", "tiled"), one, ("stage", "decode"))] == 3
+    assert seen["zimage_store_bytes", (("kind", "free"), one)] == 7
+
+
+def test_names_and_units_are_told_once() -> None:
+    assert len({row.name for row in ROWS}) == len(ROWS)
+    assert all(row.name.startswith("zimage_") and row.help.endswith(".") and row.unit for row in ROWS)
+
+
+#: What Prometheus is to keep for one replica at the most.
+MOST_SERIES = 500
+
+
+def test_a_replica_has_a_bounded_number_of_series_whatever_it_is_told() -> None:
+    server, worker = ServerMetrics("1"), WorkerMetrics("one", MODEL)
+    anything = [f"made up {number}" for number in range(100)]
+    for outcome in (*OUTCOMES, *anything):
+        attempts = [*ATTEMPTS, outcome]
+        trips = [
+            GuardTrip(stage, 1, "nan", tuple(GuardAttempt(rung, ended, 0.0) for ended in attempts))
+            for stage in (*GUARDED, outcome)
+            for rung in (*RUNGS, outcome)
+        ]
+        server.record_failure(outcome, trips)
+        server.record(replace(REPORT, warnings=(Notice(outcome, ""),)), 1.0)
+    ooms = dict.fromkeys(product((*OOM_STAGES, *anything), (*OOM_OUTCOMES, *anything)), 1)
+    figures = MemoryFigures(dict.fromkeys(VRAM_KINDS, 1), 0.5, "none", dict.fromkeys(anything, 1), 1.0, ooms)
+    for rows, text in ((SERVER_ROWS, server.named_text()[1]), (WORKER_ROWS, worker.text(CUDA, figures))):
+        series, bound = len(samples(text)), sum(row.most_series for row in rows)
+        assert series <= bound <= MOST_SERIES, (series, bound)
+        assert 'outcome="other"' in text and "made up" not in text
+
+
+def test_the_closed_sets_are_those_of_the_code() -> None:
+    """A code that is missing here would be counted as `other`, and nobody would find it."""
+    answers = {row.code for row in error_mapping.ROWS.values()}
+    assert answers <= set(OUTCOMES)
+    assert set(RUNGS) == set(recovery.RUNGS)
+    assert set(quality.CODES) <= set(WARNINGS)
+    assert set(OFFLOAD_MODES) == {residency.value for residency in Residency}
+    assert set(OOM_OUTCOMES) == set(get_args(oom.Rung))
+    assert set(OOM_STAGES) == set(get_args(oom.Stage))
+    assert set(DEFRAGS) == set(get_args(defrag.Defrag)) - {"none"}
+    for family in FAMILIES:
+        assert {*family.encode_rungs, *family.denoise_rungs, *family.decode_rungs} <= set(RUNGS)
+
+
+@pytest.mark.parametrize("row", WRONG_INPUTS, ids=lambda row: row.name)
+def test_each_refusal_of_a_body_has_an_outcome(row: Any) -> None:
+    try:
+        openai_schema.to_engine(openai_schema.parse(openai_schema.read_json(row.body)))
+    except error_mapping.RequestRefused as refused:
+        assert refused.code in OUTCOMES

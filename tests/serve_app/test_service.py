@@ -226,8 +226,8 @@ async def test_failures_have_their_status_and_are_counted(failure: Failure) -> N
         assert (response.status_code, response.json()["error"]["code"]) == (failure.status, failure.code)
         assert ("retry-after" in response.headers) is failure.retry_after
         metrics = (await client.get("/metrics")).text
-    assert f'zimage_requests_total{{outcome="{failure.code}"}} 1.0' in metrics
-    assert 'zimage_requests_total{outcome="ok"} 0.0' in metrics
+    assert f'zimage_requests_total{{outcome="{failure.code}",replica="local"}} 1.0' in metrics
+    assert 'zimage_requests_total{outcome="ok",replica="local"} 0.0' in metrics
 
 
 async def test_a_fault_of_the_server_is_logged_once_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -278,7 +278,7 @@ async def test_a_caller_that_goes_away_is_counted_and_stops_the_worker() -> None
     with pytest.raises(asyncio.CancelledError):
         await drawing
     assert stopped.is_set()
-    assert 'zimage_requests_total{outcome="cancelled"} 1.0' in await service.metrics_text()
+    assert 'zimage_requests_total{outcome="cancelled",replica="local"} 1.0' in await service.metrics_text()
 
 
 @dataclass

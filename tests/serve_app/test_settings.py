@@ -16,6 +16,7 @@ from serve_app.settings import (
     load_settings,
 )
 from zimage_engine.loading.lora_weight import LoraWeight
+from zimage_engine.memory.residency import MemoryWishes
 
 
 @pytest.fixture(autouse=True)
@@ -209,3 +210,14 @@ def test_the_allocator_is_told_what_a_person_has_set_or_to_expand(
     for name, value in stated.items():
         monkeypatch.setenv(name, value)
     assert allocator_environment() == given
+
+
+def test_wishes_about_memory_are_read_from_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().memory == MemoryWishes()
+    monkeypatch.setenv("ZIMAGE_VRAM", "12GiB")
+    monkeypatch.setenv("ZIMAGE_FLOAT8", "true")
+    assert load_settings(offload="stream").memory == MemoryWishes("stream", 12 * 2**30, True)
+    with pytest.raises(SettingsError, match="vram must be a size such as 12GiB"):
+        load_settings(vram="much")
+    with pytest.raises(SettingsError, match="offload"):
+        load_settings(offload="gpu")

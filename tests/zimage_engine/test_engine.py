@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from zimage_engine.errors import (
     GenerationCancelled,
     InvalidRequest,
     InvalidSize,
+    OutOfMemory,
 )
+from zimage_engine.memory.residency import MemoryWishes
 
 ASKED = GenerationRequest(prompt="a red circle", seed=11, num_inference_steps=4, enhance=False)
 
@@ -335,3 +338,45 @@ def test_a_picture_that_only_looks_wrong_is_kept_where_float32_fails(tiny_model:
     assert [trip.stage for trip in trips] == ["denoise", "picture"]
     assert trips[-1].attempts[0].outcome == "failed" and "nothing helped" in trips[-1].attempts[0].because
     assert "guard_recovered" not in {notice.code for notice in kept.report.pictures[0].warnings}
+
+
+@pytest.mark.parametrize("place", ["text_encoder", "transformer", "vae.decoder"])
+def test_an_out_of_memory_is_met_and_told_and_leaves_nothing_behind(engine: Engine, place: str) -> None:
+    expected = engine.generate(ASKED)
+    module = operator.attrgetter(place)(engine.pipeline)
+    left = 1
+
+    def runs_out(*_: Any) -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+    steps: list[int] = []
+    hook = module.register_forward_pre_hook(runs_out)
+    try:
+        met = engine.generate(ASKED, on_step=lambda progress: steps.append(progress.step))
+        assert met.report.memory is not None and met.report.memory.oom_recoveries == ("freed",)
+        assert same(met.images[0], expected.images[0])
+        assert steps == [1, 2, 3, 4]
+        left = 1000
+        with pytest.raises(OutOfMemory, match="ran out of memory"):
+            engine.generate(ASKED)
+    finally:
+        hook.remove()
+    after = engine.generate(ASKED)
+    assert same(after.images[0], expected.images[0])
+    assert after.report.memory is not None and after.report.memory.oom_recoveries == ()
+
+
+def test_wishes_about_memory_are_checked_and_told(tiny_model: Path) -> None:
+    with pytest.raises(InvalidRequest, match="offload must be one of none, model, stream"):
+        MemoryWishes(offload="everything")
+    for in_vain in (MemoryWishes(vram_bytes=2**30), MemoryWishes(offload="stream")):
+        with pytest.raises(InvalidRequest, match="leave it out"):
+            Engine.load(tiny_model, device="cpu", memory=in_vain)
+    engine = Engine.load(tiny_model, device="cpu", memory=MemoryWishes(offload="none"))
+    use = engine.generate(ASKED).report.memory
+    assert use is not None
+    assert (use.offload, use.predicted_peak_bytes) == ("none", None)
+    assert "share the host's memory" in use.plan

@@ -6,8 +6,18 @@ Knows no torch; sizes are bytes.
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from zimage_engine.errors import InvalidRequest
+
+_UNITS = {
+    letter + ending: base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for ending, base in (("", 1024), ("B", 1000), ("IB", 1024))
+}
 
 
 class Residency(enum.Enum):
@@ -26,6 +36,25 @@ class Residency(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryWishes:
+    """What a person has decided about the device's memory.
+
+    `offload` is "none", "model", "stream", "sequential" or "disk", None: whatever is fastest and fits.
+    `vram_bytes` is the most that may be used, None: what there is. `float8` keeps the denoiser's matrices in
+    half the room. Raises InvalidRequest for another word.
+    """
+
+    offload: str | None = None
+    vram_bytes: int | None = None
+    float8: bool = False
+
+    def __post_init__(self) -> None:
+        ways = [way.value for way in Residency]
+        if self.offload is not None and self.offload not in ways:
+            raise InvalidRequest(f"offload must be one of {', '.join(ways)}, got {self.offload!r}", "offload")
+
+
+@dataclass(frozen=True, slots=True)
 class OffloadPlan:
     """What was decided about memory for one model on one device, and why, in a line.
 
@@ -34,6 +63,10 @@ class OffloadPlan:
     `vae_tile_px` is the side of the pieces in which the VAE decodes, None for all at once. `peak_bytes` is
     the prediction for `width_px` x `height_px` with guidance as given; `relative_speed` is 1 where all is
     resident.
+
+    `stream_text_encoder`: its layers are fetched one ahead of their turn while the prompts are encoded,
+    instead of the whole at once. `streamed_blocks` are the paths of the denoiser's blocks that are fetched,
+    in the order in which they are called. `host_bytes` is what lies in the host's memory instead.
     """
 
     residency: Residency
@@ -48,6 +81,9 @@ class OffloadPlan:
     height_px: int
     guided: bool
     because: str
+    stream_text_encoder: bool = False
+    streamed_blocks: tuple[str, ...] = ()
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +91,16 @@ class ComponentFootprint:
     """One component's weights as they lie on the device, in their final dtype.
 
     `blocks` are the repeated blocks that can be fetched one by one, by module path in the order in which
-    they are called; `other_bytes` is the rest of the component.
+    they are called; `other_bytes` is the rest of the component. `largest_module_bytes` is the most that one
+    layer (a matrix, an embedding) has of its own, in the dtype that it works in, and
+    `two_largest_modules_bytes` that of the two largest.
     """
 
     name: str
     other_bytes: int
     blocks: Mapping[str, int] = field(default_factory=dict)
+    largest_module_bytes: int = 0
+    two_largest_modules_bytes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -72,6 +112,9 @@ class Footprint:
     """What a checkpoint's weights take, from its headers or from a published model's shapes.
 
     `denoiser`, `text_encoders` and `vae` name components; `source` says where the figures come from.
+    `float8_storage`: the denoiser's figures are those of matrices kept in float8. `configs` are the
+    components' settings, from which activations are predicted; `value_bytes` is what a value takes in the
+    dtype that is computed in.
     """
 
     family: str
@@ -80,7 +123,27 @@ class Footprint:
     text_encoders: tuple[str, ...]
     vae: str
     source: str
+    float8_storage: bool = False
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    value_bytes: int = 2
 
     @property
     def bytes(self) -> int:
         return sum(component.bytes for component in self.components.values())
+
+
+def parse_memory(text: str, option: str = "--vram") -> int:
+    """ "12GiB" and "12G" as 12 * 2**30, "12GB" as 12 * 10**9, "512MiB", or plain bytes; above 0.
+
+    Raises InvalidRequest, which says how it is written.
+    """
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?(?:I?B)?)", text.strip().upper(), re.ASCII)
+    unit = found[2] if found else None
+    if found is None or (unit not in _UNITS and unit not in ("", "B")):
+        raise InvalidRequest(
+            f"{option} must be a size such as 12GiB, 8G or 512MiB, got {text[:40]!r}", "vram"
+        )
+    amount = int(float(found[1]) * _UNITS.get(unit or "", 1))
+    if amount <= 0:
+        raise InvalidRequest(f"{option} must be more than nothing, got {text[:40]!r}")
+    return amount

@@ -27,6 +27,8 @@ _CARRYING = frozenset(
         torch.ops.aten.detach.default,
         torch.ops.aten.lift_fresh.default,
         torch.ops.aten.empty_like.default,
+        torch.ops.aten.is_pinned.default,
+        torch.ops.aten._pin_memory.default,
     }
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -68,6 +68,8 @@ class GuardedPipeline:
         self._family = family
         self._clock = clock
         self._encoder = encoder_for(pipeline)
+        #: What was at work last; an out-of-memory that comes out of a call belongs to it.
+        self.stage: Literal["encode", "denoise", "decode"] = "encode"
 
     @property
     def is_float32(self) -> bool:
@@ -85,6 +87,7 @@ class GuardedPipeline:
         The text encoder reads at most `max_tokens`, chat template included; a warning tells what was cut off.
         """
         started = self._clock()
+        self.stage = "encode"
         try:
             with torch.no_grad():
                 arguments, trips = self._encoded(plan, max_tokens)
@@ -164,6 +167,7 @@ class GuardedPipeline:
         and decodes in float32 arithmetic. The noise comes from the CPU's generator on every device, so a
         seed means the same noise everywhere. Raises GuardExhausted where a bad value comes back.
         """
+        self.stage = "denoise"
         start = Measures(plan.guidance_scale, float32=in_float32, lasting=in_float32)
         return _Drawing(self, plan, embeddings, seed, check, on_step, start).run()
 
@@ -181,6 +185,7 @@ class _Drawing:
         on_step: Callable[[int, torch.Tensor], None],
         start: Measures,
     ) -> None:
+        self._guarded = guarded
         self._pipeline = guarded._pipeline
         self._family = guarded._family
         self._clock = guarded._clock
@@ -209,7 +214,7 @@ class _Drawing:
             limit=self._family.decoded_limit,
             rungs=self._family.decode_rungs,
             clock=self._clock,
-            before=self._check,
+            before=self._before_decoding,
             start=Measures(float32=self._measures.float32),
         )
         try:
@@ -233,6 +238,10 @@ class _Drawing:
                 final_guidance_scale=self._measures.guidance_scale,
             ),
         )
+
+    def _before_decoding(self) -> None:
+        self._guarded.stage = "decode"
+        self._check()
 
     def _call(self) -> Any:
         """What the pipeline returns, or the fault that ended it."""

@@ -1,0 +1,31 @@
+"""Which of Serve's replicas this process is; in a test without Ray it is none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+
+def replica_name() -> str:
+    """Serve's name of this replica; "local" where no replica runs."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:
+        return "local"
+
+
+def own_deployment() -> DeploymentHandle | None:
+    """A handle to all replicas of this process' deployment; None where no replica runs."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        context = serve.get_replica_context()
+    except RayServeException:
+        return None
+    return serve.get_deployment_handle(context.deployment, context.app_name)
