@@ -4,7 +4,7 @@ VENV ?= .venv
 PORT ?= 7860
 BIN := $(VENV)/bin
 
-.PHONY: serve test check format clean
+.PHONY: serve test check format image image-test manifests clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/zimage-turbo launch --port $(PORT)
@@ -21,6 +21,23 @@ check: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# VARIANT=cpu or cuda; with Docker, or with another builder of that kind: BUILDER="buildah bud".
+VARIANT ?= cuda
+BUILDER ?= docker build
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+image:
+	$(BUILDER) --file docker/Dockerfile --build-arg VARIANT=$(VARIANT) --build-arg VERSION=$(VERSION) \
+		--build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) \
+		--tag zimage-turbo:$(VERSION)-$(VARIANT) .
+
+# Builds the CPU image on a Debian made from nothing, starts it and draws with it: as root, in several minutes.
+image-test:
+	$(PYTHON) docker/image_test.py
+
+manifests:
+	cp monitoring/kubernetes/podmonitor.yaml monitoring/kubernetes/prometheusrule.yaml k8s/monitoring/
 
 # The stamps are made again only when what is to be installed has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt

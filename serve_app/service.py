@@ -91,9 +91,7 @@ class ImageService:
         """
         started = time.monotonic()
         with self.failures_counted():
-            description = await self.description()
-            if description is None:
-                raise ModelNotReady(self._reason_not_ready())
+            description = await self.description_when_ready()
             # What cannot be drawn is told now, not after a place in the queue has come up.
             plan = resolve(request, description)
             enhancing = time.perf_counter()
@@ -125,6 +123,18 @@ class ImageService:
         if self._description is None:
             await self._look_for_workers()
         return self._description
+
+    async def description_when_ready(self) -> ModelDescription:
+        """What the workers loaded, as soon as one has its model: a new version's ingress is there first.
+
+        Raises ModelNotReady after the setting `worker_restart_seconds`.
+        """
+        deadline = time.monotonic() + self._settings.worker_restart_seconds
+        while (description := await self.description()) is None:
+            if time.monotonic() >= deadline:
+                raise ModelNotReady(self._reason_not_ready())
+            await asyncio.sleep(RESTART_POLL_SECONDS)
+        return description
 
     async def readiness(self) -> Readiness:
         """Whether a worker with its model answers at this moment."""

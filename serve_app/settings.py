@@ -112,7 +112,7 @@ class Settings(BaseSettings):
         default=60,
         ge=0,
         le=3600,
-        description="How long a request waits for a new worker when its own has died.",
+        description="How long a request waits for a worker: a new one when its own has died, or the first.",
     )
     max_body_bytes: int = Field(
         default=1024 * 1024, ge=1024, description="Largest request body; more is answered with 413."

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from serve_app import openai_schema as schema
-from serve_app.error_mapping import ModelNotReady, RequestRefused
+from serve_app.error_mapping import RequestRefused
 from serve_app.routes.answers import AnsweringRoute, service_of
 
 router = APIRouter(tags=["images"], route_class=AnsweringRoute)
@@ -43,10 +43,7 @@ async def generate(request: Request) -> JSONResponse:
         _check_headers(request)
         wire = schema.parse(schema.read_json(await request.body()))
         encoding = schema.to_encoding(wire)
-        description = await service.description()
-        if description is None:
-            raise ModelNotReady((await service.readiness()).reason)
-        schema.check_model(wire, description)
+        schema.check_model(wire, await service.description_when_ready())
         asked = schema.to_engine(wire)
     reply = await service.generate(asked, encoding)
     return JSONResponse(

@@ -6,6 +6,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ KUBERNETES_VERSION = "1.32"
 CRD_FOLDER = ROOT.parent / "shared" / "schemas"
 CUSTOM_KINDS = ("RayService", "PodMonitor", "PrometheusRule", "HTTPRoute")
 #: What the "restricted" standard lets a pod mount.
-RESTRICTED_VOLUMES = {
-    "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret",
-}  # fmt: skip
+RESTRICTED_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "projected", "secret"} | {
+    "persistentVolumeClaim"
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,13 +61,18 @@ def schema_of(kind: str, version: str) -> Manifest:
     """The definition of a custom object with unknown fields refused, as `kubectl apply` refuses them."""
     if not CRD_FOLDER.is_dir():
         pytest.skip(f"the definitions of custom objects are not at {CRD_FOLDER}")
-    for file in CRD_FOLDER.glob("*.yaml"):
-        for crd in yaml.load_all(file.read_text(encoding="utf-8"), yaml.CSafeLoader):
-            if crd["spec"]["names"]["kind"] == kind:
-                for each in crd["spec"]["versions"]:
-                    if each["name"] == version:
-                        return _strict(each["schema"]["openAPIV3Schema"])
-    raise AssertionError(f"no definition of {kind} {version} in {CRD_FOLDER}")
+    schema: Manifest = _strict(_definitions()[kind, version])
+    return schema
+
+
+@cache
+def _definitions() -> dict[tuple[str, str], Manifest]:
+    return {
+        (crd["spec"]["names"]["kind"], each["name"]): each["schema"]["openAPIV3Schema"]
+        for file in CRD_FOLDER.glob("*.yaml")
+        for crd in yaml.load_all(file.read_text(encoding="utf-8"), yaml.CSafeLoader)
+        for each in crd["spec"]["versions"]
+    }
 
 
 def _strict(schema: Any) -> Any:
@@ -124,7 +130,7 @@ def test_a_misspelt_field_would_be_refused() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_rules_of_the_definition_concern_changes_alone(overlay: str) -> None:
-    """Rules (CEL) that could refuse a first `apply` would have to be evaluated; there are none for our fields."""
+    """A rule (CEL) that could refuse a first `apply` would have to be evaluated; our fields have none."""
     schema = schema_of("RayService", "v1")
     for path, rules in _rules(schema, ray_service(overlay)):
         assert all("oldSelf" in rule["rule"] for rule in rules), path

@@ -148,6 +148,16 @@ async def test_a_request_is_tried_twice_and_no_more() -> None:
     assert len(workers.seen) == 2
 
 
+async def test_a_request_that_comes_before_the_first_worker_waits_for_it() -> None:
+    workers = ScriptedWorkers(alive=0)
+    drawing = asyncio.create_task(service_over(workers).generate(REQUEST, PNG))
+    await asyncio.sleep(0.2)
+    assert not drawing.done() and not workers.seen
+    workers.alive = 1
+    await drawing
+    assert len(workers.seen) == 1
+
+
 async def test_where_no_worker_comes_back_the_wait_ends() -> None:
     workers = ScriptedWorkers([died(), None])
     service = service_over(workers, worker_restart_seconds=0.2)
@@ -160,7 +170,7 @@ async def test_where_no_worker_comes_back_the_wait_ends() -> None:
 
 async def test_before_a_worker_is_there_a_request_is_refused_and_says_why() -> None:
     workers = ScriptedWorkers(alive=0)
-    service = service_over(workers)
+    service = service_over(workers, worker_restart_seconds=0.2)
     assert await service.description() is None
     assert (await service.readiness()).reason.startswith("No worker has its model yet")
     with pytest.raises(ModelNotReady, match="still being loaded"):
@@ -246,7 +256,8 @@ async def test_a_fault_of_the_server_is_logged_once_and_not_told(caplog: pytest.
 
 
 async def test_while_no_worker_is_there_clients_are_told_to_come_back() -> None:
-    app = build_asgi_app(service_over(ScriptedWorkers(alive=0)), load_settings(ui=False))
+    service = service_over(ScriptedWorkers(alive=0), worker_restart_seconds=0)
+    app = build_asgi_app(service, load_settings(ui=False))
     async with client_of(app) as client:
         ready = await client.get("/readyz")
         assert (ready.status_code, ready.json()["status"]) == (503, "not ready")
