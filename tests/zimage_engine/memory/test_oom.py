@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from PIL import Image
@@ -282,26 +280,3 @@ def test_weights_may_change_under_a_plan(engine: Engine, plain: bytes, keeper: M
     with keeper.weights_change(), torch.no_grad():
         bias.copy_(before)
     assert drawn(engine, keeper) == plain
-
-
-@pytest.mark.slow
-def test_three_hundred_requests_with_accidents_leave_memory_flat(
-    engine: Engine, plain: bytes, keeper: MemoryKeeper
-) -> None:
-    """Each fourth request is left alone; the others run out of memory once to three times."""
-    stages = tuple(PLACES)
-    resident_bytes: list[int] = []
-    refused: list[int] = []
-    for number in range(300):
-        try:
-            with out_of_memory(engine, stages[number % 3], number % 4):
-                assert drawn(engine, keeper) == plain
-        except OutOfMemory:
-            refused.append(number % 4)
-        gc.collect()
-        resident_bytes.append(psutil.Process().memory_info().rss)
-    assert 0 not in refused, "the request after a refusal is drawn"
-    assert 0 < len(refused) < 225
-    assert {rung for _, rung in keeper.report.ooms} == {"freed", "leaner", "tiled", "refused"}
-    early, late = sum(resident_bytes[100:200]), sum(resident_bytes[200:])
-    assert late <= 1.02 * early
