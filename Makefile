@@ -18,6 +18,10 @@ check: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Needs a CUDA device; ARGS="--part limited --only 12GiB" runs a part of it, --tiny the same code on the CPU.
+bench-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m tests.gpu.bench --json build/bench-gpu.json --markdown build/bench-gpu.md $(ARGS)
+
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -57,7 +57,7 @@ class PromptEnhancerIngress:
     """Serve builds the app in each replica: a page cannot be pickled, and handles live only there."""
 
     def __init__(self, worker: DeploymentHandle, settings: Settings) -> None:
-        log_to_terminal()
+        log_to_terminal(settings.log_format, replica_name())
         self._settings = settings
         self._metrics = ServerMetrics(program_version(), replica_name(), settings.num_replicas)
         self._service = ImageService(worker, self._metrics, settings, own_deployment())

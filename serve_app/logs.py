@@ -1,24 +1,87 @@
 """Where the application's own words go: one line each, to the standard error of its process.
 
 Ray hands that on to the terminal of `launch`, and to the pod's log in a cluster. Serve redirects
-`sys.stderr` into files of its own, so the real one is used.
+`sys.stderr` into files of its own, so the real one is used. Each line tells the request that it is about:
+Serve takes its id from the header `x-request-id` or makes one, passes it from the ingress to the worker, and
+sends it back in the answer's header of that name.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from datetime import UTC, datetime
+from typing import Literal, TextIO
 
-LOGGER_NAME = "serve_app"
+LOGGER_NAMES = ("serve_app", "zimage_engine")
+#: One line a request; written as JSON only, where machines read along.
+REQUESTS = "serve_app.requests"
+
+LogFormat = Literal["plain", "json"]
+
+#: What a caller may choose for an id; the rest is cut off or left out.
+LONGEST_ID = 64
+#: Every attribute that a record has by itself; others were given with `extra`.
+_OWN_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
-def log_to_terminal() -> None:
-    """Let the loggers of this package write to the terminal; called once in each replica."""
-    logger = logging.getLogger(LOGGER_NAME)
-    if logger.handlers:
-        return
-    handler = logging.StreamHandler(sys.__stderr__)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+class PlainLines(logging.Formatter):
+    """For a person: time, level, logger, request in brackets where there is one, words."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        current = request_id()
+        record.request = f"[{current}] " if current else ""
+        return super().format(record)
+
+
+class JsonLines(logging.Formatter):
+    """For a machine: one JSON object a line, with what was given as `extra` beside the words."""
+
+    def __init__(self, replica: str) -> None:
+        super().__init__()
+        self._replica = replica
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": request_id() or None,
+            "replica": self._replica,
+            **{name: value for name, value in vars(record).items() if name not in _OWN_ATTRIBUTES},
+        }
+        if record.exc_info:
+            fields["trace"] = self.formatException(record.exc_info)
+        return json.dumps(
+            {name: value for name, value in fields.items() if value is not None},
+            ensure_ascii=False,
+            default=str,
+        )
+
+
+def request_id() -> str:
+    """The id of the request that this code works for; "" where it works for none."""
+    # Serve has no public way to ask for it, and its own formatter reads it so.
+    from ray.serve.context import _get_serve_request_context
+
+    kept = _get_serve_request_context().request_id[:LONGEST_ID]
+    return "".join(character for character in kept if character.isascii() and character.isprintable())
+
+
+def log_to_terminal(form: LogFormat = "plain", replica: str = "", stream: TextIO | None = None) -> None:
+    """Let the loggers of our packages write to the terminal; called once in each replica."""
+    handler = logging.StreamHandler(stream or sys.__stderr__)
+    handler.setFormatter(JsonLines(replica) if form == "json" else PlainLines())
+    for name in LOGGER_NAMES:
+        logger = logging.getLogger(name)
+        if logger.handlers:
+            continue
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    logging.getLogger(REQUESTS).setLevel(logging.INFO if form == "json" else logging.WARNING)

@@ -88,6 +88,7 @@ OUTCOMES = (
     "deadline_exceeded",
     "guard_exhausted",
     "schedule_invalid",
+    "does_not_fit",
     "out_of_memory",
     "device_unavailable",
     "engine_error",

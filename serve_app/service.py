@@ -20,6 +20,7 @@ from ray.serve.exceptions import RayServeException
 
 from serve_app.error_mapping import ModelNotReady, WorkerLost, outcome_of, unwrap
 from serve_app.image_codec import ImageEncoding
+from serve_app.logs import REQUESTS
 from serve_app.metrics import ServerMetrics, merged
 from zimage_engine.prompts.enhancer import enhance, unchanged
 from zimage_engine.prompts.tokens import token_counter
@@ -39,11 +40,14 @@ if TYPE_CHECKING:
     from serve_app.worker_reply import WorkerReply
 
 logger = logging.getLogger(__name__)
+requests = logging.getLogger(REQUESTS)
 
 OnProgress = Callable[[StepProgress], Awaitable[None] | None]
 
 #: A worker answers these from its event loop, which drawing does not hold up.
 ASK_SECONDS = 3.0
+#: The same for a scrape, within Prometheus' own ten: one that is late would take all others' series away.
+SCRAPE_SECONDS = 8.0
 #: A worker that answered this recently is still there.
 READY_CACHE_SECONDS = 0.5
 #: Between two looks whether a new worker has come up.
@@ -101,19 +105,21 @@ class ImageService:
         report = replace(reply.report, enhancement=enhanced)
         seconds = time.monotonic() - started
         self._metrics.record(report, seconds, enhance_seconds, reply.encode_file_seconds)
+        told = {"outcome": "ok", "seconds": round(seconds, 3), "pictures": len(report.pictures)}
+        requests.info("request ended", extra=told)
         return replace(reply, report=report)
 
     @contextmanager
     def failures_counted(self) -> Iterator[None]:
-        """A request is under way inside; how it fails there is counted, and raised on."""
+        """A request is under way inside; how it fails there is counted and logged, and raised on."""
         self._metrics.started()
         try:
             yield
         except (Exception, asyncio.CancelledError) as error:
             cancelled = isinstance(error, asyncio.CancelledError)
-            self._metrics.record_failure(
-                "cancelled" if cancelled else outcome_of(error), getattr(error, "trips", ())
-            )
+            outcome = "cancelled" if cancelled else outcome_of(error)
+            self._metrics.record_failure(outcome, getattr(error, "trips", ()))
+            requests.info("request ended", extra={"outcome": outcome})
             raise
         finally:
             self._metrics.ended()
@@ -150,7 +156,7 @@ class ImageService:
     async def metrics_text(self) -> str:
         """The metrics of every ingress and of every worker that answers, as one text."""
         others, workers = await asyncio.gather(
-            self._ask_ingresses("metrics_text"), self._ask_all("metrics_text")
+            self._ask_ingresses("metrics_text"), self._ask_all("metrics_text", SCRAPE_SECONDS)
         )
         return merged([*others, self._metrics.named_text()], workers)
 
@@ -219,17 +225,19 @@ class ImageService:
             self._description = description
         return True
 
-    async def _ask_all(self, method: str) -> list[Any]:
+    async def _ask_all(self, method: str, seconds: float = ASK_SECONDS) -> list[Any]:
         """What each worker answers, past the queue of pictures; those that do not answer are left out."""
-        return await self._asked(self._worker, method)
+        return await self._asked(self._worker, method, seconds)
 
     async def _ask_ingresses(self, method: str) -> list[Any]:
-        return [] if self._ingresses is None else await self._asked(self._ingresses, method)
+        if self._ingresses is None:
+            return []
+        return await self._asked(self._ingresses, method, SCRAPE_SECONDS)
 
-    async def _asked(self, replicas: DeploymentHandle, method: str) -> list[Any]:
+    async def _asked(self, replicas: DeploymentHandle, method: str, seconds: float) -> list[Any]:
         try:
             response = replicas.broadcast(method)
-            answers = await response.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
+            answers = await response.results_async(timeout_s=seconds, return_exceptions=True)
         except (TimeoutError, RayServeException):  # Serve's, where no worker runs at the moment
             return []
         return [answer for answer in answers if not isinstance(answer, BaseException)]

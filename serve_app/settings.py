@@ -120,6 +120,11 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(
         default=None, description="Key that every request must carry, but for /healthz and /readyz."
     )
+    log_format: Literal["plain", "json"] = Field(
+        default="plain",
+        description="How the server's log lines look: plain for a person, json for a log collector; with "
+        "json each request is logged.",
+    )
     ui: bool = Field(default=True, description="Serve the page at /.")
     haproxy: bool | None = Field(
         default=None,

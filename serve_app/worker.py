@@ -8,6 +8,7 @@ own, which is let go only when the drawing has really stopped. Knows no HTTP and
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import shutil
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from serve_app.image_codec import ImageEncoding, PictureFacts, encode
 from serve_app.logs import log_to_terminal
-from serve_app.metrics import WorkerMetrics
+from serve_app.metrics import MemoryFigures, WorkerMetrics
 from serve_app.replica import replica_name
 from serve_app.settings import Settings
 from serve_app.worker_reply import WorkerReply
@@ -33,6 +34,7 @@ from zimage_engine.types import (
 
 if TYPE_CHECKING:
     from zimage_engine import Engine
+    from zimage_engine.memory.oom import MemoryReport
 
 Publish = Callable[[StepProgress], Any]
 
@@ -42,7 +44,7 @@ class ImageWorker:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
         """Serve awaits it, so the replica answers its controller while the model is being loaded."""
-        log_to_terminal()
+        log_to_terminal(settings.log_format, replica_name())
         # One thread for all that touches the device: contexts and OpenMP pools belong to a thread.
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
@@ -90,7 +92,8 @@ class ImageWorker:
 
     async def metrics_text(self) -> str:
         """This worker's metrics in Prometheus' text form."""
-        return self._metrics.text(self._engine.device_status(), store_bytes=_store_bytes())
+        figures = _memory_figures(self._engine.memory_report())
+        return self._metrics.text(self._engine.device_status(), figures, _store_bytes())
 
     async def check_health(self) -> None:
         """Called by Serve: raises where the device no longer answers, and the worker is replaced."""
@@ -108,9 +111,9 @@ class ImageWorker:
                 publish(progress)
 
             control = DrawingControl(self._drawing_seconds, on_step=stepped)
-            drawing = loop.run_in_executor(
-                self._device_thread, partial(self._engine.generate, request, control=control)
-            )
+            # With this request's context, so that what the engine logs tells its id.
+            draw = partial(contextvars.copy_context().run, self._engine.generate, request, control=control)
+            drawing = loop.run_in_executor(self._device_thread, draw)
             try:
                 result = await asyncio.shield(drawing)
             except asyncio.CancelledError:
@@ -159,6 +162,24 @@ def _load_engine(settings: Settings) -> Engine:
         loras=settings.loras,
         dtype=settings.dtype,
         memory=settings.memory,
+    )
+
+
+def _memory_figures(report: MemoryReport) -> MemoryFigures:
+    """What is counted of the engine's memory; what the device does not tell is left out."""
+    seen = report.snapshot
+    sizes = {
+        "allocated": seen.allocated_bytes,
+        "reserved": seen.reserved_bytes,
+        "peak": seen.peak_allocated_bytes,
+    }
+    return MemoryFigures(
+        bytes_by_kind={kind: size for kind, size in sizes.items() if size is not None},
+        fragmentation_ratio=seen.fragmentation_ratio,
+        offload_mode=None if report.plan is None else report.plan.residency.value,
+        defrags=report.defrags,
+        defrag_seconds=report.defrag_seconds,
+        ooms={(str(stage), str(rung)): events for (stage, rung), events in report.ooms.items()},
     )
 
 

@@ -116,6 +116,14 @@ async def test_health_is_answered_while_a_picture_is_drawn(
     assert 'zimage_worker_busy{replica="local"} 0.0' in await worker.metrics_text()
 
 
+async def test_the_engines_memory_is_told(worker: ImageWorker, drawings: list[tuple[float, float]]) -> None:
+    await worker.generate(REQUEST, PNG)
+    text = await worker.metrics_text()
+    assert 'zimage_offload_mode{mode="none",replica="local"} 1.0' in text
+    assert 'zimage_oom_total{outcome="freed",replica="local",stage="decode"} 0.0' in text
+    assert 'zimage_store_bytes{kind="free",replica="local"}' in text
+
+
 async def test_cancelling_stops_the_drawing_before_the_next_begins(
     worker: ImageWorker, drawings: list[tuple[float, float]]
 ) -> None:

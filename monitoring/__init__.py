@@ -1,0 +1,1 @@
+"""What an operator looks at: rules, alerts, dashboards, and how Prometheus finds the server."""

@@ -1,0 +1,1 @@
+"""The monitoring beside a real server, a real Prometheus, and promtool."""
