@@ -128,7 +128,7 @@ class Engine:
         engine = cls(adapter.load(), adapter.family, _model_id(path_or_id), chosen, memory)
         engine.set_loras(loras)
         engine.place()
-        engine.repairs = tuple(made.repair.name for made in adapter.mending.repairs)
+        engine.repairs = adapter.repairs
         return engine
 
     @property

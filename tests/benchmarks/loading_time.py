@@ -5,7 +5,7 @@
 Each load is a process of its own, timed after its imports; stock and adapter take turns, and the files are in
 the page cache. Peak memory is that of one more load of each. `rss` counts mapped pages of the files, which
 the kernel takes back when it needs them; `anonymous` is memory that nothing else can have. `first time` is
-a load whose weights have not been looked through for NaN yet; afterwards that is remembered.
+a load of what was not loaded and verified before; afterwards that is remembered.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _compare(title: str, stock: Path, ours: Path, cache_folder: Path, pairs: int
     peaks = {who: _in_a_process(who, path, cache_folder, "watched") for who, path in paths.items()}
     firsts = []
     for _ in range(min(pairs, 3)):
-        shutil.rmtree(cache_folder.parent / "finite")  # what is remembered of having looked for NaN
+        shutil.rmtree(cache_folder.parent / "loads")  # what is remembered of loads before
         firsts.append(_in_a_process("ours", ours, cache_folder, "timed"))
     taken: dict[str, list[dict[str, float]]] = {"stock": [], "ours": []}
     for number in range(pairs):

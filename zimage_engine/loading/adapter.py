@@ -15,20 +15,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from zimage_engine.checkpoint.features import CheckpointFeatures, read_features
 from zimage_engine.errors import CheckpointDamaged
-from zimage_engine.families import ModelFamily
+from zimage_engine.families import FAMILIES, ModelFamily, family_named
 from zimage_engine.loading.companions import Companions
 from zimage_engine.loading.found_models import FoundModel
+from zimage_engine.loading.known_loads import KnownLoad, KnownLoads, key_of_load
 from zimage_engine.loading.locate import commit_of, locate
 from zimage_engine.loading.lora_description import refuse_lora
 from zimage_engine.loading.mending import Mending, plan_mending
 from zimage_engine.loading.plan import LoadPlan, plan_load
-from zimage_engine.loading.view import default_cache_folder, ensure_view
+from zimage_engine.loading.view import default_cache_folder, ensure_view, find_view
 
 
 class ModelLoaderAdapter:
@@ -89,7 +91,9 @@ class ModelLoaderAdapter:
 
     @cached_property
     def family(self) -> ModelFamily:
-        """What kind of model it is."""
+        """What kind of model it is, drawing in the dtype that it is loaded as."""
+        if "mending" not in vars(self) and self._known is not None:
+            return replace(family_named(self._known.family), dtype=self._known.dtype)
         return self.mending.family
 
     @cached_property
@@ -117,15 +121,10 @@ class ModelLoaderAdapter:
 
     def get_load_kwargs(self) -> dict[str, Any]:
         """The keyword arguments for the stock `from_pretrained(model_path, ...)`."""
-        import torch
-
-        return {
-            # The dtype itself: diffusers takes its name as a string for nothing and loads float32.
-            "torch_dtype": getattr(torch, self.family.dtype),
-            "use_safetensors": self.plan.use_safetensors,
-            "variant": self.plan.variant,
-            "local_files_only": True,
-        }
+        plan = self.plan
+        return _load_kwargs(
+            KnownLoad(plan.family.name, self.family.dtype, plan.use_safetensors, plan.variant, "", ())
+        )
 
     def explain(self) -> str:
         """What was recognised, by what, what is mended and why, what was checked, for a person to read."""
@@ -157,26 +156,83 @@ class ModelLoaderAdapter:
     def load(self) -> Any:
         """The stock pipeline on the CPU, verified.
 
+        A content that was loaded and verified before is loaded as it was then, without looking at it anew.
         Raises CheckpointDamaged for whatever keeps it from drawing, also where diffusers would go on.
         """
-        import diffusers
-
-        from zimage_engine.loading.finite import FiniteNotes
         from zimage_engine.loading.verify import verify
 
-        pipeline_class = getattr(diffusers, self.plan.family.pipeline_class)
+        known = self._known
+        if known is not None:
+            return self._from_pretrained(self._known_path(known), known)
+        load = KnownLoad(
+            family=self.family.name,
+            dtype=self.family.dtype,
+            use_safetensors=self.plan.use_safetensors,
+            variant=self.plan.variant,
+            view="" if self.mending.view is None else self.model_path.name,
+            repairs=tuple(made.repair.name for made in self.mending.repairs),
+        )
+        pipeline = self._from_pretrained(self.model_path, load)
+        verify(pipeline, self.plan)
+        if self._key is not None:
+            self._known_loads.remember(self._key, load)
+        return pipeline
+
+    @property
+    def repairs(self) -> tuple[str, ...]:
+        """The names of the repairs, as `load` makes them."""
+        if self._known is not None:
+            return self._known.repairs
+        return tuple(made.repair.name for made in self.mending.repairs)
+
+    def _from_pretrained(self, path: Path, load: KnownLoad) -> Any:
+        import diffusers
+
+        pipeline_class = getattr(diffusers, self.family.pipeline_class)
         with _quiet_loading():
             try:
-                pipeline = pipeline_class.from_pretrained(self.model_path, **self.get_load_kwargs())
+                pipeline = pipeline_class.from_pretrained(path, **_load_kwargs(load))
             # What the stock loaders raise for files they cannot use; MemoryError and bugs of ours go through.
             except (OSError, ValueError, KeyError, RuntimeError) as error:
                 raise CheckpointDamaged(
                     f"{self.origin} is a {self.family.title} model, but diffusers cannot load it: {error}"
                 ) from error
             pipeline.set_progress_bar_config(disable=True)
-            views = self._cache_folder or default_cache_folder()
-            verify(pipeline, self.plan, FiniteNotes(views.parent / "finite"))
         return pipeline
+
+    @cached_property
+    def _known_loads(self) -> KnownLoads:
+        return KnownLoads((self._cache_folder or default_cache_folder()).parent / "loads")
+
+    @cached_property
+    def _key(self) -> str | None:
+        beside = {name: None if path is None else locate(path) for name, path in self._beside.items()}
+        return key_of_load(
+            {"model": self.origin, **beside}, {"family": self._family_name, "dtype": self._dtype}
+        )
+
+    @cached_property
+    def _known(self) -> KnownLoad | None:
+        """How this content was loaded before; None where it was not, or where its view has gone since."""
+        known = None if self._key is None else self._known_loads.recall(self._key)
+        if known is None or known.family not in {family.name for family in FAMILIES}:
+            return None
+        return known if not known.view or find_view(known.view, self._cache_folder) else None
+
+    def _known_path(self, known: KnownLoad) -> Path:
+        return self.origin if not known.view else (self._cache_folder or default_cache_folder()) / known.view
+
+
+def _load_kwargs(load: KnownLoad) -> dict[str, Any]:
+    import torch
+
+    return {
+        # The dtype itself: diffusers takes its name as a string for nothing and loads float32.
+        "torch_dtype": getattr(torch, load.dtype),
+        "use_safetensors": load.use_safetensors,
+        "variant": load.variant,
+        "local_files_only": True,
+    }
 
 
 def _model_line(model: FoundModel) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from zimage_engine.errors import CheckpointDamaged
-from zimage_engine.loading.finite import FiniteNotes, is_finite, not_finite
+from zimage_engine.loading.finite import is_finite, not_finite
 from zimage_engine.loading.plan import LoadPlan
 
 #: Words that any tokenizer of a text-to-image model knows something of, in the two languages we speak.
@@ -21,12 +21,11 @@ PROBE = "a red circle on a white background, 白色背景上的红色圆形"
 _OLDER_PREFIXES = {"CLIPTextModel": "text_model.", "CLIPTextModelWithProjection": "text_model."}
 
 
-def verify(pipeline: Any, plan: LoadPlan, notes: FiniteNotes) -> None:
+def verify(pipeline: Any, plan: LoadPlan) -> None:
     """Check that `pipeline` is what the files of `plan` say, and could draw.
 
     Its weights are those of the files by name, none was left on the meta device, all are of one dtype and
-    finite; the tokenizer makes ids that the text encoder has embeddings for. Values whose files are known to
-    `notes` are not looked through again.
+    finite; the tokenizer makes ids that the text encoder has embeddings for.
     """
     dtype = getattr(torch, plan.family.dtype)
     for name, files in plan.weights.items():
@@ -35,9 +34,7 @@ def verify(pipeline: Any, plan: LoadPlan, notes: FiniteNotes) -> None:
             check_names(name, module, {tensor.name for file in files for tensor in file.tensors})
         check_no_meta(name, module)
         check_dtype(name, module, dtype)
-        if not notes.knows(files, plan.family.dtype):
-            check_finite(name, module)
-            notes.remember(files, plan.family.dtype)
+        check_finite(name, module)
     for tokenizer, text_encoder in plan.family.text_encoders:
         check_tokenizer(
             getattr(pipeline, tokenizer),

@@ -122,6 +122,20 @@ def ensure_view(
     return view
 
 
+def find_view(key: str, cache_folder: Path | None = None) -> Path | None:
+    """The view of that key if it is whole, which counts as used now; None where it is not there."""
+    cache = cache_folder or default_cache_folder()
+    view = cache / key
+    if not _KEY.fullmatch(key) or not view.is_dir():
+        return None
+    with _errors_of_the_disk(cache), _lock(cache, key):
+        found = _read_view(view)
+        if found is None or not found.is_whole:
+            return None
+        os.utime(view / MANIFEST)
+    return view
+
+
 def list_views(cache_folder: Path | None = None) -> tuple[View, ...]:
     """All views, the last used first, those that are no longer whole among them."""
     cache = cache_folder or default_cache_folder()
