@@ -161,7 +161,9 @@ class Engine:
             plan = self._keeper.before(
                 model.native_width, model.native_height, model.default_guidance_scale > 1.0
             )
-            logger.info("memory: %s", plan.because)
+            # Where there is nothing to decide there is nothing to say on a terminal.
+            level = logging.INFO if self._keeper.has_own_memory else logging.DEBUG
+            logger.log(level, "memory: %s", plan.because)
         except (DoesNotFit, OutOfMemory) as error:
             logger.warning("memory: %s", error)
 
