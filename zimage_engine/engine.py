@@ -240,7 +240,8 @@ class Engine:
         """
         seed = plan.seeds[index]
         picture = self._guarded.draw(plan, embeddings, seed, reins.check, reins.of_picture(index))
-        looks = quality.notices(quality.measure(picture.image))
+        measured = quality.measure(picture.image)
+        looks = quality.notices(measured)
         if not looks or self._guarded.is_float32:
             return picture, looks
         started = self._clock()
@@ -250,9 +251,9 @@ class Engine:
             seconds = self._clock() - started
             attempt = GuardAttempt("float32", "failed", seconds, f"it could not be drawn: {error}")
             return _with_second_look(picture, getattr(error, "trips", ()), looks, attempt), looks
-        looks_again = quality.notices(quality.measure(again.image))
+        measured_again = quality.measure(again.image)
         seconds = self._clock() - started
-        if [notice.code for notice in looks_again] == [notice.code for notice in looks]:
+        if quality.same_finding(measured, measured_again):
             because = "it came out the same, so it may be what was asked for"
             attempt = GuardAttempt("float32", "failed", seconds, because)
             return _with_second_look(picture, again.trace.trips, looks, attempt), looks
@@ -262,7 +263,7 @@ class Engine:
             decode_seconds=picture.decode_seconds + again.decode_seconds,
         )
         attempt = GuardAttempt("float32", "recovered", seconds)
-        return _with_second_look(again, picture.trace.trips, looks, attempt), looks_again
+        return _with_second_look(again, picture.trace.trips, looks, attempt), quality.notices(measured_again)
 
     def _report(
         self,
