@@ -12,6 +12,7 @@ Recognising and explaining read JSON and file headers only; torch is imported by
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,6 +160,10 @@ class ModelLoaderAdapter:
         A content that was loaded and verified before is loaded as it was then, without looking at it anew.
         Raises CheckpointDamaged for whatever keeps it from drawing, also where diffusers would go on.
         """
+        with _collector_at_rest():
+            return self._load()
+
+    def _load(self) -> Any:
         from zimage_engine.loading.verify import verify
 
         known = self._known
@@ -246,6 +251,20 @@ def _model_line(model: FoundModel) -> str:
         f"  {model.name}: {names}, {megabytes:.1f} MB, {model.part.class_name}, all "
         f"{len(model.part.recipes)} tensors there and of the right shape, {stored}{left_out}"
     )
+
+
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """A published vocabulary becomes half a million objects, none of them garbage, and each further ten
+    thousand had Python's collector look through all that torch and transformers hold: more than half of what
+    a load takes."""
+    was_at_work = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_at_work:
+            gc.enable()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from zimage_engine.checkpoint.features import CheckpointFeatures
 from zimage_engine.checkpoint.schemas import (
+    FETCH_CONFIG,
     SCHEMAS,
     config_from_tensors,
     expected_tensors,
@@ -96,20 +97,18 @@ def _fits(model: FoundModel, config: Mapping[str, Any]) -> bool:
 
 def _told_by_shapes(model: FoundModel, row: ComponentRow, damage: str) -> Mapping[str, Any]:
     class_name = model.part.class_name
-    without = f"{model.place} holds a {class_name} without a config.json to go by ({damage})"
+    what = f"{model.place} holds a {class_name} without settings ({damage})"
+    advice = "put its config.json beside it, or name a folder that has it with --base"
     try:
         config = config_from_tensors(class_name, model.shapes, row.constants)
     except CheckpointDamaged as error:
-        raise CheckpointDamaged(
-            f"{without}, and {str(error).rstrip('.')}; put the config.json beside it, or name a folder that "
-            "has it with --base"
-        ) from error
+        told = str(error).removesuffix(FETCH_CONFIG)
+        raise CheckpointDamaged(f"{what}, and {told}; {advice}") from error
     groups = config.get("norm_num_groups")
     channels = config.get("block_out_channels") or ()
     if groups and any(width % groups for width in channels):
         raise CheckpointDamaged(
-            f"{without}, and its norm_num_groups cannot be told from shapes: the published {groups} does not "
-            f"divide its {min(channels)} channels; put the config.json beside it, or name a folder that has "
-            "it with --base"
+            f"{what}, and its norm_num_groups cannot be told from shapes: the published {groups} does not "
+            f"divide its {min(channels)} channels; {advice}"
         )
     return config

@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from tests.zimage_engine.memory.residencies import footprint_of, plan_for
 from tests.zimage_engine.tiny_models import write_tiny_pixart, write_tiny_sdxl, write_tiny_z_image
 from zimage_engine.engine import Engine
 from zimage_engine.errors import GuardExhausted
 from zimage_engine.families import family_named
+from zimage_engine.memory.residency import Residency
+from zimage_engine.memory.strategies import apply
 from zimage_engine.sampling.pipeline import DrawnPicture, GuardedPipeline, PromptEmbeddings
 from zimage_engine.sampling.plan import SamplingPlan, resolve
 from zimage_engine.types import GenerationRequest, GuardTrace, GuardTrip
@@ -51,30 +54,58 @@ ALWAYS = 10_000
 TIMES = {"once": 1, "twice": 2, "thrice": 3, "always": ALWAYS}
 
 
-def _group_offloaded(offload_type: str) -> Callable[[Any, str], None]:
-    def offload(pipeline: Any, denoiser: str) -> None:
-        pipeline.enable_group_offload(
+#: Puts the engine's weights where they lie, with a folder for what goes to the disk; returns what to call when
+#: the prompts are encoded.
+Offload = Callable[[Engine, Path], Callable[[], None]]
+
+
+def _resident(engine: Engine, folder: Path) -> Callable[[], None]:
+    return lambda: None
+
+
+def _group_offloaded(offload_type: str) -> Offload:
+    def offload(engine: Engine, folder: Path) -> Callable[[], None]:
+        engine.pipeline.enable_group_offload(
             onload_device=torch.device("cpu"),
             offload_device=torch.device("cpu"),
             offload_type=offload_type,
             num_blocks_per_group=1 if offload_type == "block_level" else None,
         )
+        return lambda: None
 
     return offload
 
 
-def _stored_in_float8(pipeline: Any, denoiser: str) -> None:
-    getattr(pipeline, denoiser).enable_layerwise_casting(
-        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
-    )
+def _stored_in_float8(engine: Engine, folder: Path) -> Callable[[], None]:
+    denoiser = getattr(engine.pipeline, family_named(engine.description.family).denoiser)
+    denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    return lambda: None
 
 
-#: What runs without an accelerator; model and sequential offload need one.
-OFFLOADS: Mapping[str, Callable[[Any, str], None]] = {
-    "none": lambda pipeline, denoiser: None,
+def _planned(residency: Residency) -> Offload:
+    """As the memory plan does it: text encoders leave too, and of the streamed blocks the first stays."""
+
+    def offload(engine: Engine, folder: Path) -> Callable[[], None]:
+        footprint = footprint_of(engine)
+        blocks = tuple(footprint.components[footprint.denoiser].blocks)
+        plan = plan_for(
+            residency,
+            streamed_blocks=blocks[1:] if residency is Residency.STREAM else (),
+            release_text_encoder=residency in (Residency.MODEL, Residency.STREAM),
+            stream_text_encoder=residency is Residency.STREAM,
+        )
+        return apply(plan, engine.pipeline, footprint, "cpu", folder).after_encoding
+
+    return offload
+
+
+#: diffusers' ways that run without an accelerator (its model and sequential offload need one), and ours.
+OFFLOADS: Mapping[str, Offload] = {
+    "none": _resident,
     "block_level": _group_offloaded("block_level"),
     "leaf_level": _group_offloaded("leaf_level"),
     "layerwise_casting": _stored_in_float8,
+    **{way.value: _planned(way) for way in Residency if way is not Residency.NONE},
 }
 
 
@@ -166,7 +197,7 @@ class Rig:
         self.pipeline = engine.pipeline
         self.pipeline.set_progress_bar_config(disable=True)
         self.denoiser: torch.nn.Module = getattr(self.pipeline, self.row.denoiser)
-        OFFLOADS[offload](self.pipeline, self.row.denoiser)
+        self._after_encoding = OFFLOADS[offload](engine, folder.parent / f"{folder.name}-on-disk")
         self.guarded = GuardedPipeline(self.pipeline, self.row, time.perf_counter)
         self.description = engine.description
         self._embeddings: dict[bool, PromptEmbeddings] = {}
@@ -191,15 +222,20 @@ class Rig:
     def encoded(self, guided: bool) -> PromptEmbeddings:
         """Encoded without a fault, and only once."""
         if guided not in self._embeddings:
-            self._embeddings[guided] = self.guarded.encode(self.plan(guided), 64)
+            self._embeddings[guided] = self._encode(self.plan(guided))
         return self._embeddings[guided]
+
+    def _encode(self, plan: SamplingPlan) -> PromptEmbeddings:
+        embeddings = self.guarded.encode(plan, 64)
+        self._after_encoding()
+        return embeddings
 
     def draw(
         self, guided: bool, steps: int = STEPS, encode: bool = False, check: Callable[[], None] = lambda: None
     ) -> Drawn:
         """`encode`: the prompts anew, where a fault may wait."""
         plan = self.plan(guided, steps)
-        embeddings = self.guarded.encode(plan, 64) if encode else self.encoded(guided)
+        embeddings = self._encode(plan) if encode else self.encoded(guided)
         latents: list[torch.Tensor] = []
         with self.decoded() as decoded:
             drawn: DrawnPicture = self.guarded.draw(

@@ -12,13 +12,27 @@ from zimage_engine.checkpoint.schemas.autoencoder_kl import AUTOENCODER_KL
 from zimage_engine.checkpoint.schemas.clip import CLIP_TEXT, CLIP_TEXT_WITH_PROJECTION
 from zimage_engine.checkpoint.schemas.pixart import PIXART
 from zimage_engine.checkpoint.schemas.qwen3 import QWEN3
-from zimage_engine.checkpoint.schemas.schema import Measured, Schema, Settings, Shape, TensorTable
+from zimage_engine.checkpoint.schemas.schema import (
+    FETCH_CONFIG,
+    Measured,
+    Schema,
+    Settings,
+    Shape,
+    TensorTable,
+)
 from zimage_engine.checkpoint.schemas.t5 import T5_ENCODER
 from zimage_engine.checkpoint.schemas.unet import UNET
 from zimage_engine.checkpoint.schemas.z_image import Z_IMAGE
 from zimage_engine.errors import CheckpointDamaged, UnknownFamily
 
-__all__ = ["SCHEMAS", "config_from_tensors", "expected_tensors", "has_schema", "optional_tensors"]
+__all__ = [
+    "FETCH_CONFIG",
+    "SCHEMAS",
+    "config_from_tensors",
+    "expected_tensors",
+    "has_schema",
+    "optional_tensors",
+]
 
 SCHEMAS: Mapping[str, Schema] = {
     schema.class_name: schema

@@ -15,6 +15,8 @@ Shape = tuple[int, ...]
 MAX_TENSORS = 100_000
 #: The longest side of a real tensor is a vocabulary of about 152,000 rows.
 MAX_SIDE = 2**24
+#: How a sentence about what tensors do not tell ends, for whoever has no better advice.
+FETCH_CONFIG = "; fetch the component's config.json"
 #: Real names stay below 120 characters.
 _MAX_NAME_LENGTH = 500
 _MAX_INDEX_DIGITS = 8
@@ -167,8 +169,7 @@ class Measured:
 
     def untold(self, tells: str, because: str) -> CheckpointDamaged:
         return CheckpointDamaged(
-            f"'{tells}' of {self.class_name} cannot be told from the tensors: {because}; "
-            "fetch the component's config.json"
+            f"'{tells}' of {self.class_name} cannot be told from the tensors: {because}{FETCH_CONFIG}"
         )
 
 
