@@ -90,10 +90,13 @@ def prune_cache(
 ) -> None:
     """Remove copies, and what an interrupted program left. The models themselves are never touched.
 
-    A copy that is needed again is made again when its model is loaded.
+    A copy that is needed again is made again when its model is loaded. --all also forgets which models were
+    found sound, so that each is looked through anew.
     """
+    from zimage_engine.loading.known_loads import KnownLoads
     from zimage_engine.loading.view import (
         DEFAULT_MAX_BYTES,
+        default_cache_folder,
         list_views,
         remove_leftovers,
         remove_views,
@@ -114,6 +117,8 @@ def prune_cache(
         typer.confirm(f"Remove {len(chosen)} of {len(views)} copies?", abort=True)
     remove_leftovers(folder)
     removed = remove_views(chosen)
+    if remove_all:
+        KnownLoads(folder or default_cache_folder()).forget()
     typer.echo(f"removed {len(removed)} of {len(views)} copies, {_size(sum(v.size_bytes for v in removed))}")
     if len(removed) < len(chosen):
         busy = ", ".join(view.key for view in chosen if view not in removed)

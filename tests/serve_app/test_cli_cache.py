@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from serve_app.cli import app
 from serve_app.cli_cache import parse_bytes
+from zimage_engine.loading.known_loads import KnownLoad, KnownLoads
 from zimage_engine.loading.view import MANIFEST, ensure_view, list_views
 from zimage_engine.loading.view_plan import ViewPlan, WrittenText
 
@@ -86,6 +87,15 @@ def test_prune_asks_first_and_takes_no_for_an_answer(cache: Path) -> None:
     assert len(titles(cache)) == 3
     assert run("prune", "--all", "--folder", str(cache), typed="y\n").exit_code == 0
     assert titles(cache) == set()
+
+
+def test_prune_all_forgets_what_was_found_sound(cache: Path) -> None:
+    loads = KnownLoads(cache)
+    loads.remember("a", KnownLoad("sdxl", "bfloat16", True, None, "", ()))
+    assert run("prune", "--yes", "--folder", str(cache)).exit_code == 0
+    assert loads.recall("a") is not None
+    assert run("prune", "--all", "--yes", "--folder", str(cache)).exit_code == 0
+    assert loads.recall("a") is None
 
 
 def test_prune_leaves_what_is_in_use_and_says_so(cache: Path) -> None:

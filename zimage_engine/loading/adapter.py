@@ -207,7 +207,7 @@ class ModelLoaderAdapter:
 
     @cached_property
     def _known_loads(self) -> KnownLoads:
-        return KnownLoads((self._cache_folder or default_cache_folder()).parent / "loads")
+        return KnownLoads(self._cache_folder or default_cache_folder())
 
     @cached_property
     def _key(self) -> str | None:

@@ -125,27 +125,30 @@ def test_another_place_or_library_is_looked_at_anew(
 
 
 def test_a_note_that_is_no_note_is_not_there(tmp_path: Path) -> None:
-    loads = KnownLoads(tmp_path)
+    loads = KnownLoads(tmp_path / "views")
+    note = tmp_path / "loads" / "a"
     loads.remember("a", LOAD)
     assert loads.recall("a") == LOAD
     for text in ("", "[]", "{}", json.dumps({"family": "sdxl", "unknown": 1, "repairs": []}), "\udcff"):
-        (tmp_path / "a").write_text(text, encoding="utf-8", errors="surrogateescape")
+        note.write_text(text, encoding="utf-8", errors="surrogateescape")
         assert loads.recall("a") is None
-    (tmp_path / "file").write_text("where the folder should be", encoding="utf-8")
-    unwritable = KnownLoads(tmp_path / "file")
-    unwritable.remember("a", LOAD)
-    assert unwritable.recall("a") is None
+    assert (loads.forget(), loads.forget()) == (1, 0)
+    note.parent.rmdir()
+    note.parent.write_text("where the folder should be", encoding="utf-8")
+    loads.remember("a", LOAD)
+    assert loads.recall("a") is None
+    assert loads.forget() == 0
 
 
 def test_notes_and_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_loads, "MOST_NOTES", 2)
     monkeypatch.setattr(known_loads, "MOST_FILES", 3)
-    loads = KnownLoads(tmp_path / "notes")
+    loads = KnownLoads(tmp_path / "views")
     for name, time in (("old", 1), ("new", 2)):
         loads.remember(name, LOAD)
-        os.utime(tmp_path / "notes" / name, (time, time))
+        os.utime(tmp_path / "loads" / name, (time, time))
     loads.remember("newest", LOAD)
-    assert sorted(path.name for path in (tmp_path / "notes").iterdir()) == ["new", "newest"]
+    assert sorted(path.name for path in (tmp_path / "loads").iterdir()) == ["new", "newest"]
     folder = tmp_path / "many"
     folder.mkdir()
     for number in range(3):
