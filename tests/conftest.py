@@ -6,12 +6,16 @@ use it carry the marker `server`, leave its state alone, and do not assume that 
 
 `cache_of_our_own`: no test writes into the cache of the person who runs them.
 
+`process_left_as_it_was`: each test ends with the process's switches as it found them.
+
 `launched`: the same server with its process and its output; for tests that look at these.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +37,31 @@ def cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
         environment.setenv("XDG_CACHE_HOME", str(folder))
         environment.setenv("PLAYWRIGHT_BROWSERS_PATH", browsers)
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def process_left_as_it_was() -> Iterator[None]:
+    """No test, and nothing that it called, leaves a switch of the whole process turned."""
+    before = _switches()
+    yield
+    after = _switches()
+    # torch may have come with this test: its switches are known from then on.
+    assert {name: after[name] for name in before} == before
+
+
+def _switches() -> dict[str, object]:
+    found: dict[str, object] = {"gc": gc.isenabled(), "folder": Path.cwd()}
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "is_grad_enabled"):
+        kernels = torch.backends.cuda  # on the CPU they rule too
+        found |= {
+            "flash attention": kernels.flash_sdp_enabled(),
+            "memory-efficient attention": kernels.mem_efficient_sdp_enabled(),
+            "plain attention": kernels.math_sdp_enabled(),
+            "gradients": torch.is_grad_enabled(),
+            "dtype": torch.get_default_dtype(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ put back: each operation's half-precision operands are widened as it runs, and r
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -100,6 +101,32 @@ def _widened(value: Any) -> Any:
     return value
 
 
+class _PlainKernels:
+    """The process's switches for it. torch gives back what it found on entering, which is wrong where two
+    overlap without one being within the other; here the first turns them and the last turns them back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._switches = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._switches.enter_context(sdpa_kernel(SDPBackend.MATH))
+                self._switches.enter_context(torch.compiler.set_stance("force_eager"))
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._switches.close()
+
+
+_plain_kernels = _PlainKernels()
+
+
 @contextmanager
 def plain_attention(module: torch.nn.Module) -> Iterator[None]:
     """Attention by matrix products and a softmax: no fused kernel, and compiled code runs eagerly."""
@@ -109,7 +136,7 @@ def plain_attention(module: torch.nn.Module) -> Iterator[None]:
     for processor in chosen:  # None is torch's own attention, which sdpa_kernel rules
         processor._attention_backend = None
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        with _plain_kernels:
             yield
     finally:
         for processor, backend in zip(chosen, backends, strict=True):

@@ -338,6 +338,17 @@ def test_taken_away_by_another_order_than_it_was_put_on() -> None:
     assert not module._forward_hooks
 
 
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_fused_kernels_are_back_when_the_last_of_two_has_ended(first_to_end: int) -> None:
+    ends = [ExitStack(), ExitStack()]
+    for end in ends:
+        end.enter_context(float32.plain_attention(Fragile()))
+    ends[first_to_end].close()
+    assert not torch.backends.cuda.flash_sdp_enabled()
+    ends[1 - first_to_end].close()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_plain_attention_gives_the_chosen_backends_back(
     pipelines: Callable[[str], Any], tmp_path: Path
 ) -> None:
