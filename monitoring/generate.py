@@ -100,6 +100,8 @@ def _panel(panel: Panel) -> Any:
         target = (
             prometheus.Dataquery().expr(query.expression).legend_format(query.legend).ref_id(letter).range()
         )
+        if panel.has_exemplars:
+            target.exemplar(True)
         built.with_target(target.datasource(DATA_SOURCE))
     return built
 

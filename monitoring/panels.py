@@ -17,6 +17,7 @@ GUARDED = 'stage=~"encode|denoise|decode"'
 GIVEN_UP = 'outcome="guard_exhausted"'
 RECOVERED = 'outcome="recovered"'
 REFUSED = 'outcome="queue_full"'
+FOUND = 'outcome="hit"'
 REFUSED_OR_LEFT = 'outcome=~"queue_full|cancelled"'
 
 
@@ -41,7 +42,7 @@ class Panel:
     """One picture on a dashboard. `is_figure`: a single large figure instead of a line over time.
 
     `levels` colour a figure; `is_stacked` fills lines on top of one another; `needs_gpu`: a CPU has none of
-    it, and the panel is empty there.
+    it, and the panel is empty there. `has_exemplars`: single requests are shown as dots, with their ids.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Panel:
     needs_gpu: bool = False
     levels: tuple[Level, ...] = ()
     highest: float | None = None
+    has_exemplars: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,7 @@ SERVICE = Dashboard(
             "s",
             "From the checked request to its finished reply, waiting included; of requests that were served.",
             quantiles("zimage_request_seconds"),
+            has_exemplars=True,
         ),
         Panel(
             "Pictures",
@@ -177,6 +180,20 @@ SERVICE = Dashboard(
                 ),
             ),
             is_stacked=True,
+        ),
+        Panel(
+            "Prompts encoded before",
+            "percentunit",
+            "The share of prompts, negative ones counted too, that the text encoder did not have to read "
+            "again. Empty while nothing is drawn, or where `embedding_cache` is 0.",
+            (
+                Query(
+                    f"sum({rate('zimage_prompt_cache_total', FOUND)})"
+                    f" / sum({rate('zimage_prompt_cache_total')})",
+                    "encoded before",
+                ),
+            ),
+            highest=1,
         ),
         Panel(
             "Seconds a step",

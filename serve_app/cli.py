@@ -24,7 +24,7 @@ from serve_app.cli_names import with_launch_options, with_option_names
 from serve_app.cli_plan import plan
 from serve_app.terminal import DownloadBar, StepBar, say
 from zimage_engine.errors import EngineError, InvalidRequest
-from zimage_engine.types import GenerationReport, GenerationRequest, PictureReport
+from zimage_engine.types import GenerationReport, GenerationRequest, PictureReport, PromptCacheUse
 
 if TYPE_CHECKING:
     from serve_app.image_codec import FileFormat, ImageEncoding
@@ -120,8 +120,8 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="What to compute in: bfloat16, float32 (twice the memory), or float16 where the model bears it."
-        " Without it: bfloat16.",
+        help="What to compute in: bfloat16, float32 (twice the memory), or float16 where the model bears it;"
+        " auto measures whether this processor is faster in bfloat16 or float32. Without it: bfloat16.",
         show_default=False,
     ),
 ]
@@ -148,11 +148,40 @@ Float8Option = Annotated[
         "--float8", help="Keep the denoiser's matrices in float8: half the memory, a little coarser."
     ),
 ]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WAY",
+        help="Quantise the denoiser's matrices, int8 or fp8: half the memory, a little other pictures"
+        " (default: not at all).",
+        show_default=False,
+    ),
+]
+EmbeddingCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--embedding-cache",
+        metavar="SIZE",
+        help="Memory of the host in which a worker keeps encoded prompts, so that one that returns is not"
+        " encoded again; 0 is none (default: 64MiB).",
+        show_default=False,
+    ),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
         help="Where to compute: cuda, cuda:1, mps or cpu. Without it: the best that is there.",
         metavar="DEVICE",
+        show_default=False,
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        metavar="COUNT",
+        help="Threads that a CPU computes with (default: every core that the process may use).",
         show_default=False,
     ),
 ]
@@ -200,6 +229,8 @@ def launch(
     offload: OffloadOption = None,
     vram: VramOption = None,
     float8: Float8Option = False,
+    quantize: QuantizeOption = None,
+    embedding_cache: EmbeddingCacheOption = None,
     port: Annotated[
         int | None,
         typer.Option(
@@ -216,11 +247,21 @@ def launch(
         ),
     ] = None,
     device: DeviceOption = None,
+    threads: ThreadsOption = None,
     replicas: Annotated[
         int | None,
         typer.Option(
             metavar="COUNT",
             help="Workers that draw, each with the model on a GPU of its own (default: 1).",
+            show_default=False,
+        ),
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Collector that gets an OpenTelemetry trace of each request, such as http://127.0.0.1:4318"
+            " (default: no traces).",
             show_default=False,
         ),
     ] = None,
@@ -261,10 +302,14 @@ def launch(
             "offload": offload,
             "vram": vram,
             "float8": float8 or None,
+            "quantize": quantize,
+            "embedding_cache": embedding_cache,
             "port": port,
             "host": host,
             "device": device,
+            "cpu_threads": threads,
             "num_replicas": replicas,
+            "otlp_endpoint": otlp_endpoint,
             "ui": False if no_ui else None,
         }
         try:
@@ -313,7 +358,9 @@ def generate(
     offload: OffloadOption = None,
     vram: VramOption = None,
     float8: Float8Option = False,
+    quantize: QuantizeOption = None,
     device: DeviceOption = None,
+    threads: ThreadsOption = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -401,12 +448,17 @@ def generate(
 
         loras = [parse_lora(text) for text in lora or ()]
         check_loras(loras)
+        from serve_app.settings import allocator_environment
+
+        # Torch reads it once, when a card is first used.
+        os.environ.update(allocator_environment())
         from zimage_engine import Engine
 
         memory = MemoryWishes(
             offload=None if offload == "auto" else offload,
             vram_bytes=None if vram is None else parse_memory(vram),
             float8=float8,
+            quantize=quantize,
         )
         say(f"Loading {model or 'the demo model'} ...", only_on_a_terminal=True)
         engine = Engine.load(
@@ -419,7 +471,10 @@ def generate(
             loras=loras,
             dtype=dtype,
             memory=memory,
+            threads=threads,
         )
+        if because := engine.description.dtype_because:
+            say(f"Computing in {engine.description.dtype}: {because}", only_on_a_terminal=True)
         reports: list[GenerationReport] = []
         # One call a picture, so that what is drawn is on the disk at once, whatever happens to the next.
         for index, file in enumerate(files):
@@ -545,7 +600,15 @@ def join_reports(reports: list[GenerationReport]) -> GenerationReport:
     """One report of pictures that were drawn one by one from the same request."""
     first = reports[0]
     pictures: tuple[PictureReport, ...] = tuple(picture for report in reports for picture in report.pictures)
-    return replace(first, pictures=pictures, seconds=sum(report.seconds for report in reports))
+    uses = [report.prompt_cache for report in reports if report.prompt_cache is not None]
+    return replace(
+        first,
+        pictures=pictures,
+        seconds=sum(report.seconds for report in reports),
+        prompt_cache=PromptCacheUse(sum(use.hits for use in uses), sum(use.misses for use in uses))
+        if uses
+        else None,
+    )
 
 
 def _encoding_for(output: Path) -> ImageEncoding:

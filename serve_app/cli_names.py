@@ -29,10 +29,14 @@ OPTION_OF_SETTING: Mapping[str, str] = {
     "offload": "--offload",
     "vram": "--vram",
     "float8": "--float8",
+    "embedding_cache": "--embedding-cache",
+    "quantize": "--quantize",
     "port": "--port",
     "host": "--host",
     "device": "--device",
+    "cpu_threads": "--threads",
     "num_replicas": "--replicas",
+    "otlp_endpoint": "--otlp-endpoint",
 }
 
 _FIELD = re.compile(rf"\b({'|'.join(OPTION_OF_FIELD)})\b")

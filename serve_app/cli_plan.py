@@ -14,7 +14,7 @@ import typer
 
 from serve_app.terminal import say
 from zimage_engine.errors import DoesNotFit, EngineError, InvalidRequest, InvalidSize
-from zimage_engine.memory.residency import OffloadPlan, Residency, parse_memory
+from zimage_engine.memory.residency import MemoryWishes, OffloadPlan, Residency, parse_memory
 
 if TYPE_CHECKING:
     from zimage_engine.families import ModelFamily
@@ -63,6 +63,12 @@ def plan(
     float8: Annotated[
         bool, typer.Option("--float8", help="Keep the denoiser's matrices in float8, half the size.")
     ] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY", help="Quantise the denoiser's matrices: int8 or fp8.", show_default=False
+        ),
+    ] = None,
     host: Annotated[
         str | None,
         typer.Option(
@@ -88,12 +94,14 @@ def plan(
     )
 
     try:
-        family, footprint = _footprint(model, float8)
+        way = _residency(offload)
+        MemoryWishes(offload=None if way is None else way.value, float8=float8, quantize=quantize)
+        family, footprint = _footprint(model, float8, quantize)
         width, height = _size(size, family, footprint)
         guided = (family.default_guidance_scale if guidance is None else guidance) > 1
         card_bytes = parse_memory(vram, "--vram")
         options = PlanOptions(
-            offload=_residency(offload),
+            offload=way,
             host_free_bytes=None if host is None else parse_memory(host, "--host"),
         )
         reserve = CONTEXT_BYTES + RESERVE_BYTES
@@ -132,6 +140,7 @@ def plan(
         "width": width,
         "height": height,
         "guided": guided,
+        "quantize": quantize,
         "vram_bytes": card_bytes,
         "budget_bytes": budget_bytes(card_bytes, reserve, options),
     }
@@ -145,7 +154,7 @@ def plan(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _footprint(model: str, float8: bool) -> tuple[ModelFamily, Footprint]:
+def _footprint(model: str, float8: bool, quantize: str | None) -> tuple[ModelFamily, Footprint]:
     """The family and the weights of a published model, a folder, a file or a hub id."""
     from zimage_engine.families import FAMILIES
     from zimage_engine.memory.footprint import footprint_from_shapes, published_footprint
@@ -153,7 +162,7 @@ def _footprint(model: str, float8: bool) -> tuple[ModelFamily, Footprint]:
     name = _ALIASES.get(model, model)
     family = next((family for family in FAMILIES if family.name == name), None)
     if family is not None:
-        return family, published_footprint(family, float8_storage=float8)
+        return family, published_footprint(family, float8_storage=float8, quantize=quantize)
     from zimage_engine import ModelLoaderAdapter
 
     mending = ModelLoaderAdapter(model).mending
@@ -163,6 +172,7 @@ def _footprint(model: str, float8: bool) -> tuple[ModelFamily, Footprint]:
         {found.name: found.config for found in mending.models},
         f"the headers of {model}",
         float8_storage=float8,
+        quantize=quantize,
     )
     return mending.family, footprint
 

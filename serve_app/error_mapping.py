@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from starlette.requests import ClientDisconnect
 
 from zimage_engine.errors import (
@@ -136,6 +136,13 @@ ROWS: dict[type[BaseException], ErrorRow] = {
         "The picture was stopped before it was done; send the request again.",
         {"Retry-After": "5"},
     ),
+    RequestCancelledError: ErrorRow(
+        503,
+        SERVER,
+        "cancelled",
+        "The picture was stopped before it was done; send the request again.",
+        {"Retry-After": "5"},
+    ),
     DoesNotFit: ErrorRow(400, INVALID, "does_not_fit"),
     DeadlineExceeded: ErrorRow(504, SERVER, "deadline_exceeded"),
     GuardExhausted: ErrorRow(500, SERVER, "guard_exhausted", for_the_caller=True),
@@ -180,6 +187,12 @@ def answer_for(error: BaseException) -> ErrorAnswer:
     parameter: str = getattr(error, "parameter", None) or ""
     wire_name = WIRE_NAME.get(parameter, parameter) or None
     return ErrorAnswer(row.status, row.type, row.code, message, wire_name, row.headers)
+
+
+def is_the_servers(error: BaseException) -> bool:
+    """Whether the failure's answer has a status of 500 or more: the request itself could be served."""
+    error = unwrap(error)
+    return (error.status if isinstance(error, RequestRefused) else row_for(error).status) >= 500
 
 
 def outcome_of(error: BaseException) -> str:

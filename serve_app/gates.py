@@ -19,17 +19,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.error_mapping import INVALID, ErrorAnswer
 from serve_app.routes.status import OPEN_PATHS
 from serve_app.settings import Settings
+from serve_app.tracing import Tracing
 
 #: With these a caller could tell Serve when to give a request up; Serve's own, not for the outside.
 SERVE_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
+
+#: Where pictures are asked for. A span is named by them, so there are no others.
+TRACED = frozenset({("POST", "/v1/images/generations")})
 
 #: How much of a body that nobody wants is read before the answer goes out, and for how long.
 DRAINED_BYTES = 32 * 2**20
 DRAIN_SECONDS = 5.0
 
 
-def add_gates(app: FastAPI, settings: Settings) -> None:
-    """Put the gates before the app: the body read whole, headers, the key, the size of the body."""
+def add_gates(app: FastAPI, settings: Settings, tracing: Tracing | None = None) -> None:
+    """Put the gates before the app: the body read whole, headers, the key, the size, and the trace."""
+    if tracing is not None:
+        app.add_middleware(TracePictures, tracing=tracing)
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)
     if settings.api_key is not None:
         app.add_middleware(KeyCheck, api_key=settings.api_key.get_secret_value())
@@ -181,6 +187,30 @@ class BodyLimit:
             "body_too_large",
             f"The body may have at most {self._limit_bytes:,} bytes; shorten the prompt.",
         )
+
+
+class TracePictures:
+    """A span for each request for pictures, from here to the last byte of its answer.
+
+    What the gates before this turn away is no request for a picture.
+    """
+
+    def __init__(self, app: ASGIApp, tracing: Tracing) -> None:
+        self._app = app
+        self._tracing = tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (scope["method"], scope["path"]) not in TRACED:
+            await self._app(scope, receive, send)
+            return
+        with self._tracing.request(f"{scope['method']} {scope['path']}", Headers(scope=scope)) as trace:
+
+            async def send_and_tell(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    trace.answered(message["status"])
+                await send(message)
+
+            await self._app(scope, receive, send_and_tell)
 
 
 class _CountedBody:

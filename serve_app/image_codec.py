@@ -116,6 +116,14 @@ def encode(image: Image, encoding: ImageEncoding, facts: PictureFacts) -> bytes:
     return file.getvalue()
 
 
+def encode_preview(image: Image, encoding: ImageEncoding) -> bytes:
+    """The picture as a file without text: drawn again from it, an unfinished picture would be another."""
+    file = io.BytesIO()
+    options = {"compress_level": 1} if encoding.format == "png" else {"quality": encoding.compression}
+    image.save(file, format=encoding.format, **options)
+    return file.getvalue()
+
+
 def read_parameters(content: bytes) -> str | None:
     """The text that `encode`, or another A1111-style program, put into a picture; None without one.
 

@@ -19,6 +19,7 @@ from serve_app.replica import own_deployment, replica_name
 from serve_app.routes import docs, images, models, status, unknown
 from serve_app.service import ImageService
 from serve_app.settings import Settings
+from serve_app.tracing import Tracing, tracing_of
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -32,7 +33,7 @@ def program_version() -> str:
         return "unknown"
 
 
-def build_asgi_app(service: ImageService, settings: Settings) -> FastAPI:
+def build_asgi_app(service: ImageService, settings: Settings, tracing: Tracing | None = None) -> FastAPI:
     """Everything that answers HTTP, on one app."""
     app = FastAPI(
         title="zimage-turbo",
@@ -44,7 +45,7 @@ def build_asgi_app(service: ImageService, settings: Settings) -> FastAPI:
     app.state.service = service
     for routes in (docs, images, models, status, unknown):
         app.include_router(routes.router)
-    add_gates(app, settings)
+    add_gates(app, settings, tracing)
     if settings.ui:
         from serve_app.ui import mount_page
 
@@ -60,11 +61,17 @@ class PromptEnhancerIngress:
         log_to_terminal(settings.log_format, replica_name())
         self._settings = settings
         self._metrics = ServerMetrics(program_version(), replica_name(), settings.num_replicas)
-        self._service = ImageService(worker, self._metrics, settings, own_deployment())
+        self._tracing = tracing_of(settings, program_version(), replica_name())
+        self._service = ImageService(worker, self._metrics, settings, own_deployment(), self._tracing)
 
     async def metrics_text(self) -> tuple[str, str]:
         """This ingress' name and metrics, for the ingress that is asked for those of all."""
         return self._metrics.named_text()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_asgi_app(self._service, self._settings)
+        return build_asgi_app(self._service, self._settings, self._tracing)
+
+    def __del__(self) -> None:
+        """Called by Serve when this replica is stopped."""
+        if self._tracing is not None:
+            self._tracing.close()

@@ -3,7 +3,7 @@
 Ray hands that on to the terminal of `launch`, and to the pod's log in a cluster. Serve redirects
 `sys.stderr` into files of its own, so the real one is used. Each line tells the request that it is about:
 Serve takes its id from the header `x-request-id` or makes one, passes it from the ingress to the worker, and
-sends it back in the answer's header of that name.
+sends it back in the answer's header of that name. Where requests are traced, it tells their trace too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Literal, TextIO
 
@@ -25,15 +28,18 @@ LONGEST_ID = 64
 #: Every attribute that a record has by itself; others were given with `extra`.
 _OWN_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
+_trace_id: ContextVar[str] = ContextVar("trace_id", default="")
+
 
 class PlainLines(logging.Formatter):
-    """For a person: time, level, logger, request in brackets where there is one, words."""
+    """For a person: time, level, logger, request (and trace) in brackets where there is one, words."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        current = request_id()
+        trace = trace_id_of_request()
+        current = " ".join(filter(None, (request_id(), trace and f"trace {trace}")))
         record.request = f"[{current}] " if current else ""
         return super().format(record)
 
@@ -52,6 +58,7 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             "request_id": request_id() or None,
+            "trace_id": trace_id_of_request() or None,
             "replica": self._replica,
             **{name: value for name, value in vars(record).items() if name not in _OWN_ATTRIBUTES},
         }
@@ -71,6 +78,21 @@ def request_id() -> str:
 
     kept = _get_serve_request_context().request_id[:LONGEST_ID]
     return "".join(character for character in kept if character.isascii() and character.isprintable())
+
+
+def trace_id_of_request() -> str:
+    """The trace that this code works for; "" where there is none."""
+    return _trace_id.get()
+
+
+@contextmanager
+def in_trace(trace_id: str) -> Iterator[None]:
+    """What this code logs inside tells that trace; "" for none."""
+    token = _trace_id.set(trace_id)
+    try:
+        yield
+    finally:
+        _trace_id.reset(token)
 
 
 def log_to_terminal(form: LogFormat = "plain", replica: str = "", stream: TextIO | None = None) -> None:

@@ -4,7 +4,8 @@
 each image worker. Every series carries the name of the process that counted it in the label `replica`. So a
 replica that is started anew starts series of its own from 0, nothing is counted twice, and the series of one
 that is gone end. `merged` joins the texts of all of them, so that a scrape of any ingress sees everything,
-whichever node it runs on: scrape one ingress, never each. Knows nothing of HTTP and of Ray.
+whichever node it runs on: scrape one ingress, never each. A scraper that reads OpenMetrics is told, beside
+the buckets of what a request took, the id of a request that fell into each. Knows nothing of HTTP and of Ray.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from prometheus_client import (
     CollectorRegistry,
@@ -25,6 +27,8 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -114,10 +118,11 @@ WARNINGS = (
 GUARDED = ("encode", "denoise", "decode", "picture")
 RUNGS = ("same_inputs", "lower_guidance", "plain_attention", "float32", "rest_float32", "tiled")
 ATTEMPTS = ("recovered", "failed", "skipped")
-VRAM_KINDS = ("used", "total", "allocated", "reserved", "peak")
+VRAM_KINDS = ("used", "free", "total", "allocated", "reserved", "peak")
 DEFRAGS = ("empty_cache", "deep")
 OOM_STAGES = ("encode", "denoise", "decode")
 OOM_OUTCOMES = ("freed", "leaner", "tiled", "refused")
+PROMPT_LOOKUPS = ("hit", "miss")
 OFFLOAD_MODES = ("none", "model", "stream", "sequential", "disk")
 
 
@@ -190,6 +195,15 @@ SERVER_ROWS = (
         {"stage": STAGES},
     ),
     MetricRow(
+        "zimage_prompt_cache",
+        Counter,
+        "prompts",
+        "Prompts that were looked for among those encoded before, negative ones too: hit, or miss, where the "
+        "text encoder had to read them. Nothing is counted where encoded prompts are not kept.",
+        {"outcome": PROMPT_LOOKUPS},
+        starts_at_zero=True,
+    ),
+    MetricRow(
         "zimage_warnings", Counter, "warnings", "Warnings in reports by their code.", {"code": WARNINGS}
     ),
     MetricRow(
@@ -256,8 +270,8 @@ WORKER_ROWS = (
         "zimage_vram_bytes",
         Gauge,
         "bytes",
-        "Memory of the worker's device by kind: used (by anyone), total; allocated, reserved and peak (the "
-        "most allocated so far) of this worker. Absent where the device does not tell, as a CPU.",
+        "Memory of the worker's device by kind: used (by anyone), free, total; allocated, reserved and peak "
+        "(the most allocated so far) of this worker. Absent where the device does not tell, as a CPU.",
         {"kind": VRAM_KINDS},
     ),
     MetricRow(
@@ -368,10 +382,12 @@ class _Table:
         self.count(name, *labels, by=max(0.0, total - before))
         self._totals[name, *labels] = max(before, total)
 
-    def observe(self, name: str, seconds: float, *labels: str) -> None:
+    def observe(
+        self, name: str, seconds: float, *labels: str, exemplar: Mapping[str, str] | None = None
+    ) -> None:
         metric = self._of(name, labels)
         assert isinstance(metric, Histogram)
-        metric.observe(max(0.0, seconds))
+        metric.observe(max(0.0, seconds), dict(exemplar) if exemplar else None)
 
     def set(self, name: str, value: float, *labels: str) -> None:
         metric = self._of(name, labels)
@@ -385,6 +401,9 @@ class _Table:
 
     def text(self) -> str:
         return generate_latest(self.registry).decode()
+
+    def text_with_exemplars(self) -> str:
+        return openmetrics.generate_latest(self.registry).decode()
 
 
 def _combinations(row: MetricRow) -> Iterable[tuple[str, ...]]:
@@ -401,8 +420,8 @@ class ServerMetrics:
         self._table.set("zimage_requests_in_flight", 0)
 
     def named_text(self) -> tuple[str, str]:
-        """This ingress' name and its metrics as text."""
-        return self._table.replica, self._table.text()
+        """This ingress' name and its metrics as text of OpenMetrics, which has a place for exemplars."""
+        return self._table.replica, self._table.text_with_exemplars()
 
     def started(self) -> None:
         """A request came in; each is followed by one `record` or one `record_failure`, and one `ended`."""
@@ -418,26 +437,34 @@ class ServerMetrics:
         seconds: float,
         enhance_seconds: float = 0.0,
         encode_file_seconds: float = 0.0,
+        exemplar: Mapping[str, str] | None = None,
     ) -> None:
-        """A request was served in `seconds`, waiting included."""
+        """A request was served in `seconds`, waiting included.
+
+        `exemplar` names it beside the buckets that it falls into: at most 128 characters, names included.
+        """
         table = self._table
+        observe = partial(table.observe, exemplar=exemplar)
         table.count("zimage_requests", "ok")
         table.count("zimage_pictures", by=len(report.pictures))
         table.count("zimage_pixels", by=len(report.pictures) * report.width * report.height)
-        table.observe("zimage_request_seconds", seconds)
+        observe("zimage_request_seconds", seconds)
         worked = enhance_seconds + report.seconds + encode_file_seconds
-        table.observe("zimage_queue_wait_seconds", seconds - worked)
-        table.observe("zimage_generation_seconds", enhance_seconds, "enhance")
-        table.observe("zimage_generation_seconds", encode_file_seconds, "encode_file")
+        observe("zimage_queue_wait_seconds", seconds - worked)
+        observe("zimage_generation_seconds", enhance_seconds, "enhance")
+        observe("zimage_generation_seconds", encode_file_seconds, "encode_file")
         for picture in report.pictures:
-            table.observe("zimage_generation_seconds", picture.encode_seconds, "encode")
-            table.observe("zimage_generation_seconds", picture.denoise_seconds, "denoise")
-            table.observe("zimage_generation_seconds", picture.decode_seconds, "decode")
+            observe("zimage_generation_seconds", picture.encode_seconds, "encode")
+            observe("zimage_generation_seconds", picture.denoise_seconds, "denoise")
+            observe("zimage_generation_seconds", picture.decode_seconds, "decode")
             if picture.refine_seconds > 0:
-                table.observe("zimage_generation_seconds", picture.refine_seconds, "refine")
-            table.observe("zimage_generation_seconds", picture.seconds, "total")
+                observe("zimage_generation_seconds", picture.refine_seconds, "refine")
+            observe("zimage_generation_seconds", picture.seconds, "total")
             self._record_guard(picture.guard.trips)
             table.count("zimage_guard_clipped_values", by=picture.guard.clipped_values)
+        if report.prompt_cache is not None:
+            table.count("zimage_prompt_cache", "hit", by=report.prompt_cache.hits)
+            table.count("zimage_prompt_cache", "miss", by=report.prompt_cache.misses)
         for notice in report.warnings + tuple(w for picture in report.pictures for w in picture.warnings):
             table.count("zimage_warnings", notice.code)
 
@@ -526,7 +553,7 @@ class _Merged(Collector):
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
         for text in self._texts:
-            for family in text_string_to_metric_families(text):
+            for family in _families(text):
                 known = families.setdefault(family.name, family)
                 if known is not family:
                     known.samples.extend(family.samples)
@@ -535,12 +562,20 @@ class _Merged(Collector):
         yield GaugeMetricFamily(row.name, row.help, float(self._is_model_loaded))
 
 
-def merged(ingresses: Iterable[tuple[str, str]], workers: Iterable[str]) -> str:
+def _families(text: str) -> Iterator[Metric]:
+    """Those of a text of either form; OpenMetrics says its end."""
+    read = openmetrics_families if text.endswith("# EOF\n") else text_string_to_metric_families
+    yield from read(text)
+
+
+def merged(ingresses: Iterable[tuple[str, str]], workers: Iterable[str], with_exemplars: bool = False) -> str:
     """One exposition text of the named texts of ingresses and of every worker's text.
 
     Of one ingress that is there twice the last text counts: two would be the same series with two values.
+    With exemplars the text is of OpenMetrics; names, labels and values are the same in both forms.
     """
     worker_texts = tuple(workers)
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Merged((*dict(ingresses).values(), *worker_texts), bool(worker_texts)))
-    return generate_latest(registry).decode()
+    write = openmetrics.generate_latest if with_exemplars else generate_latest
+    return write(registry).decode()

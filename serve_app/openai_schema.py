@@ -25,6 +25,7 @@ from zimage_engine.types import GenerationReport, GenerationRequest, ModelDescri
 #: OpenAI's own limit for its image models; what the model reads of it is its token limit.
 PROMPT_CHARACTERS = 32_000
 PICTURES = 10
+PARTIAL_IMAGES = 3
 #: Names that always mean the loaded model, for clients that must send some name.
 MODEL_ALIASES = ("zimage-turbo", "default")
 
@@ -80,8 +81,17 @@ class ImageGenerationRequest(BaseModel):
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
     moderation: Literal["auto", "low"] | None = Field(None, description="Accepted; there is no filter.")
     style: None = Field(None, description="Not offered; put the style into the prompt.")
-    stream: Literal[False] | None = Field(None, description="Only false.")
-    partial_images: Literal[0] | None = Field(None, description="Only 0.")
+    stream: bool | None = Field(
+        None,
+        description="true: server-sent events, the finished picture in the last; needs n 1. null: false.",
+    )
+    partial_images: int | None = Field(
+        None,
+        ge=0,
+        le=PARTIAL_IMAGES,
+        description="With stream, previews of the unfinished picture, 0 to 3; null: 0. A drawing of few "
+        "steps sends fewer.",
+    )
     negative_prompt: str | None = Field(
         None, max_length=PROMPT_CHARACTERS, description="What to keep out; works while guidance is on."
     )
@@ -171,6 +181,9 @@ class ModelCard(BaseModel):
     size_multiple: int
     default_steps: int
     default_guidance: float
+    dtype: str
+    #: Why, where the program chose it; "" where it is the model's own or was asked for.
+    dtype_because: str = ""
 
 
 class ModelList(BaseModel):
@@ -320,6 +333,8 @@ def to_model_card(description: ModelDescription, created: int) -> ModelCard:
         size_multiple=description.size_multiple,
         default_steps=description.default_steps,
         default_guidance=description.default_guidance_scale,
+        dtype=description.dtype,
+        dtype_because=description.dtype_because,
     )
 
 
@@ -377,6 +392,21 @@ def _check_compression(wire: ImageGenerationRequest) -> None:
         )
 
 
+def _check_stream(wire: ImageGenerationRequest) -> None:
+    if wire.stream and wire.n not in (None, 1):
+        _refuse(
+            f"n must be 1 with stream true, got {wire.n}: a stream is of one picture, as with OpenAI. Send "
+            "one request for each picture, or leave stream out.",
+            "n",
+        )
+    if not wire.stream and wire.partial_images:
+        _refuse(
+            f"partial_images {wire.partial_images} needs stream true: one answer holds finished pictures "
+            "alone. Send stream true, or leave partial_images out.",
+            "partial_images",
+        )
+
+
 #: What pydantic's types cannot say, in the order in which it is told.
 _CHECKS: tuple[Callable[[ImageGenerationRequest], None], ...] = (
     _check_prompt,
@@ -386,16 +416,13 @@ _CHECKS: tuple[Callable[[ImageGenerationRequest], None], ...] = (
     _check_size,
     _check_response_format,
     _check_compression,
+    _check_stream,
 )
 
 #: Why a field of OpenAI's cannot be honoured, and what to do instead.
 _NOT_OFFERED = {
     "background": "background must be 'opaque' or 'auto': pictures have no transparency here; got {got}.",
     "style": "style is not offered, got {got}; put the style into the prompt instead.",
-    "stream": "stream must be false, got {got}: the API answers once, with the finished pictures. "
-    "Leave stream out.",
-    "partial_images": "partial_images must be 0, got {got}: the API sends no unfinished pictures. "
-    "Leave partial_images out.",
 }
 
 _CODES = {

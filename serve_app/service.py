@@ -11,17 +11,19 @@ import inspect
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 
-from serve_app.error_mapping import ModelNotReady, WorkerLost, outcome_of, unwrap
+from serve_app.error_mapping import ModelNotReady, WorkerLost, is_the_servers, outcome_of, unwrap
 from serve_app.image_codec import ImageEncoding
-from serve_app.logs import REQUESTS
+from serve_app.logs import REQUESTS, request_id
 from serve_app.metrics import ServerMetrics, merged
+from serve_app.tracing import Tracing, current, now
+from serve_app.worker_reply import Preview
 from zimage_engine.prompts.enhancer import enhance, unchanged
 from zimage_engine.prompts.tokens import token_counter
 from zimage_engine.sampling.plan import SamplingPlan, resolve
@@ -43,7 +45,10 @@ logger = logging.getLogger(__name__)
 requests = logging.getLogger(REQUESTS)
 
 OnProgress = Callable[[StepProgress], Awaitable[None] | None]
+OnPreview = Callable[[Preview], None]
 
+#: What waiting for a worker raises when the one who waits is cancelled; Serve makes the second of the first.
+CANCELLED = (asyncio.CancelledError, RequestCancelledError)
 #: A worker answers these from its event loop, which drawing does not hold up.
 ASK_SECONDS = 3.0
 #: The same for a scrape, within Prometheus' own ten: one that is late would take all others' series away.
@@ -62,6 +67,15 @@ class Readiness:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Watcher:
+    """Who hears of a drawing, and how many previews of it are made."""
+
+    on_progress: OnProgress
+    on_preview: OnPreview | None
+    previews: int
+
+
 class ImageService:
     """Pictures from the workers behind `worker`, which is asked through Ray only."""
 
@@ -71,13 +85,18 @@ class ImageService:
         metrics: ServerMetrics,
         settings: Settings,
         ingresses: DeploymentHandle | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
-        """`ingresses` reaches every ingress, this one too; None where there is only this one."""
+        """`ingresses` reaches every ingress, this one too; None where there is only this one.
+
+        A request that has no trace yet gets one from `tracing`; None: requests are not traced.
+        """
         self._worker = worker
         self._streaming_worker = worker.options(stream=True)
         self._ingresses = ingresses
         self._metrics = metrics
         self._settings = settings
+        self._tracing = tracing
         self._description: ModelDescription | None = None
         self._count_tokens: Callable[[str], int] | None = None
         self._answered_at = float("-inf")
@@ -87,27 +106,45 @@ class ImageService:
         request: GenerationRequest,
         encoding: ImageEncoding,
         on_progress: OnProgress | None = None,
+        on_preview: OnPreview | None = None,
+        previews: int = 0,
     ) -> WorkerReply:
         """Draw what is asked; the report tells the enhancement that was made here.
 
-        `on_progress` is called after each step. Cancelling stops the drawing in the worker.
+        `on_progress` is called after each step, and `on_preview` after `previews` of them, or after fewer
+        where some cannot be made; after a worker's death both begin again with the first step. Cancelling
+        stops the drawing in the worker.
         Raises InvalidRequest, ModelNotReady, WorkerLost, or Serve's BackPressureError.
         """
-        started = time.monotonic()
-        with self.failures_counted():
-            description = await self.description_when_ready()
-            # What cannot be drawn is told now, not after a place in the queue has come up.
-            plan = resolve(request, description)
-            enhancing = time.perf_counter()
-            enhanced = self._enhanced(plan, request.enhance, description)
-            enhance_seconds = time.perf_counter() - enhancing
-            reply = await self._drawn(_ready_to_draw(request, plan, enhanced), encoding, on_progress)
-        report = replace(reply.report, enhancement=enhanced)
-        seconds = time.monotonic() - started
-        self._metrics.record(report, seconds, enhance_seconds, reply.encode_file_seconds)
-        told = {"outcome": "ok", "seconds": round(seconds, 3), "pictures": len(report.pictures)}
-        requests.info("request ended", extra=told)
-        return replace(reply, report=report)
+        with self._traced():
+            started = time.monotonic()
+            watcher = None if on_progress is None else _Watcher(on_progress, on_preview, previews)
+            with self.failures_counted():
+                description = await self.description_when_ready()
+                # What cannot be drawn is told now, not after a place in the queue has come up.
+                plan = resolve(request, description)
+                enhancing, enhancing_at = time.perf_counter(), now()
+                enhanced = self._enhanced(plan, request.enhance, description)
+                enhance_seconds = time.perf_counter() - enhancing
+                asked_at = now()
+                if request.enhance:
+                    current().passed("enhance", enhancing_at, asked_at)
+                reply = await self._drawn(_ready_to_draw(request, plan, enhanced), encoding, watcher)
+            report = replace(reply.report, enhancement=enhanced)
+            seconds = time.monotonic() - started
+            self._metrics.record(
+                report, seconds, enhance_seconds, reply.encode_file_seconds, _name_of_request()
+            )
+            current().drawn(reply, report, asked_at)
+            told = {"outcome": "ok", "seconds": round(seconds, 3), "pictures": len(report.pictures)}
+            requests.info("request ended", extra=told)
+            return replace(reply, report=report)
+
+    def _traced(self) -> AbstractContextManager[Any]:
+        """A trace for what came over no traced route, as the page's requests."""
+        if self._tracing is None or current().id:
+            return nullcontext()
+        return self._tracing.request("generate")
 
     @contextmanager
     def failures_counted(self) -> Iterator[None]:
@@ -118,11 +155,17 @@ class ImageService:
         except (Exception, asyncio.CancelledError) as error:
             cancelled = isinstance(error, asyncio.CancelledError)
             outcome = "cancelled" if cancelled else outcome_of(error)
-            self._metrics.record_failure(outcome, getattr(error, "trips", ()))
+            trips = getattr(error, "trips", ())
+            self._metrics.record_failure(outcome, trips)
+            current().failed(outcome, trips, is_error=not cancelled and is_the_servers(error))
             requests.info("request ended", extra={"outcome": outcome})
             raise
         finally:
             self._metrics.ended()
+
+    def count_tokens(self, text: str) -> int:
+        """The tokens of `text` as the model counts them; 0 where its tokenizer is not known."""
+        return self._count_tokens(text) if self._count_tokens is not None else 0
 
     async def description(self) -> ModelDescription | None:
         """What the workers loaded; None until the first of them has its model. Asked once, then kept."""
@@ -153,12 +196,12 @@ class ImageService:
         statuses = await self._ask_all("device_status")
         return statuses[0] if statuses else None
 
-    async def metrics_text(self) -> str:
-        """The metrics of every ingress and of every worker that answers, as one text."""
+    async def metrics_text(self, with_exemplars: bool = False) -> str:
+        """The metrics of every ingress and of every worker that answers, as one text; as `merged` tells."""
         others, workers = await asyncio.gather(
             self._ask_ingresses("metrics_text"), self._ask_all("metrics_text", SCRAPE_SECONDS)
         )
-        return merged([*others, self._metrics.named_text()], workers)
+        return merged([*others, self._metrics.named_text()], workers, with_exemplars)
 
     def _enhanced(self, plan: SamplingPlan, wanted: bool, description: ModelDescription) -> EnhancedPrompt:
         if not wanted:
@@ -171,17 +214,18 @@ class ImageService:
         )
 
     async def _drawn(
-        self, request: GenerationRequest, encoding: ImageEncoding, on_progress: OnProgress | None
+        self, request: GenerationRequest, encoding: ImageEncoding, watcher: _Watcher | None
     ) -> WorkerReply:
         """Hand over to a worker; once more, should it die. The seed is fixed, so the picture is the same."""
         try:
-            return await self._asked_of_a_worker(request, encoding, on_progress)
+            return await self._asked_of_a_worker(request, encoding, watcher)
         except RayActorError:
             logger.warning("a worker died while it drew; the request waits for another")
         self._metrics.record_retry()
+        current().happened("worker died")
         await self._until_a_worker_answers()
         try:
-            return await self._asked_of_a_worker(request, encoding, on_progress)
+            return await self._asked_of_a_worker(request, encoding, watcher)
         except RayActorError as error:
             raise WorkerLost(
                 "The worker died while it drew this picture, and so did the one that tried again. "
@@ -189,14 +233,16 @@ class ImageService:
             ) from error
 
     async def _asked_of_a_worker(
-        self, request: GenerationRequest, encoding: ImageEncoding, on_progress: OnProgress | None
+        self, request: GenerationRequest, encoding: ImageEncoding, watcher: _Watcher | None
     ) -> WorkerReply:
+        traced = {"trace_id": current().id} if current().id else {}
         try:
-            if on_progress is None:
-                return await _awaited(self._worker.generate.remote(request, encoding))
-            return await _followed(
-                self._streaming_worker.generate_streaming.remote(request, encoding), on_progress
+            if watcher is None:
+                return await _awaited(self._worker.generate.remote(request, encoding, **traced))
+            stream = self._streaming_worker.generate_streaming.remote(
+                request, encoding, watcher.previews, **traced
             )
+            return await _followed(stream, watcher)
         except Exception as error:
             original = unwrap(error)
             if original is error:
@@ -248,6 +294,13 @@ class ImageService:
         return "No worker answers at the moment; a new one is being started. Try again in a few seconds."
 
 
+def _name_of_request() -> dict[str, str]:
+    """What its log lines and its trace are found by; a trace only where a collector gets it."""
+    trace = current()
+    named = {"request_id": request_id(), "trace_id": trace.id if trace.is_sampled else ""}
+    return {name: value for name, value in named.items() if value}
+
+
 def _ready_to_draw(
     request: GenerationRequest, plan: SamplingPlan, enhanced: EnhancedPrompt
 ) -> GenerationRequest:
@@ -265,20 +318,24 @@ def _ready_to_draw(
 async def _awaited(response: Any) -> WorkerReply:
     try:
         return await response
-    except asyncio.CancelledError:
+    except CANCELLED:
         response.cancel()
         raise
 
 
-async def _followed(stream: Any, on_progress: OnProgress) -> WorkerReply:
+async def _followed(stream: Any, watcher: _Watcher) -> WorkerReply:
     try:
         async for item in stream:
-            if not isinstance(item, StepProgress):
+            if isinstance(item, StepProgress):
+                called = watcher.on_progress(item)
+                if inspect.isawaitable(called):
+                    await called
+            elif isinstance(item, Preview):
+                if watcher.on_preview is not None:
+                    watcher.on_preview(item)
+            else:
                 return item
-            called = on_progress(item)
-            if inspect.isawaitable(called):
-                await called
-    except asyncio.CancelledError:
+    except CANCELLED:
         stream.cancel()
         raise
     raise WorkerLost("The worker ended the stream without a picture; send the request again.")

@@ -7,11 +7,13 @@ else from the environment (`ZIMAGE_PORT=7861`), else from the YAML file that `ZI
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import ipaddress
 import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -20,6 +22,7 @@ from pydantic_settings import YamlConfigSettingsSource as YamlSource
 from zimage_engine.errors import InvalidRequest
 from zimage_engine.loading.lora_weight import LoraWeight, parse_lora
 from zimage_engine.memory.residency import MemoryWishes, parse_memory
+from zimage_engine.types import EMBEDDING_CACHE_BYTES
 
 ENVIRONMENT_PREFIX = "ZIMAGE_"
 CONFIG_FILE_VARIABLE = "ZIMAGE_CONFIG"
@@ -60,9 +63,10 @@ class Settings(BaseSettings):
         default=(),
         description="LoRA files as PATH or PATH=WEIGHT (1 is as trained): a list, or text with commas.",
     )
-    dtype: Literal["bfloat16", "float32", "float16"] | None = Field(
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] | None = Field(
         default=None,
-        description="bfloat16, float32 or float16, where the model bears it; empty: the family's own.",
+        description="bfloat16, float32 or float16, where the model bears it; auto: bfloat16 or float32, "
+        "whichever this processor was measured to be faster in; empty: the family's own.",
     )
     offload: Literal["auto", "none", "model", "stream", "sequential", "disk"] = Field(
         default="auto",
@@ -77,11 +81,22 @@ class Settings(BaseSettings):
         default=False,
         description="Keep the denoiser's matrices in float8: half the memory, a little coarser.",
     )
+    quantize: Literal["int8", "fp8"] | None = Field(
+        default=None,
+        description="Quantise the denoiser's matrices by torchao, int8 or fp8: half the memory, a little "
+        "other pictures; empty: not at all.",
+    )
+    embedding_cache: int = Field(
+        default=EMBEDDING_CACHE_BYTES,
+        ge=0,
+        description="Memory of the host in which a worker keeps encoded prompts, such as 64MiB or bytes; "
+        "0: none, each is encoded again.",
+    )
     device: str | None = Field(
         default=None, description="cuda, cuda:1, mps or cpu; empty: the best that the worker finds."
     )
     host: str = Field(
-        default="127.0.0.1", description="Address to listen on; other than loopback needs an api_key."
+        default="127.0.0.1", description="Address to listen on; other than loopback needs a key."
     )
     port: int = Field(default=7860, ge=1, le=65535, description="Port of the page and of the API.")
     num_replicas: int = Field(
@@ -96,7 +111,11 @@ class Settings(BaseSettings):
         default=1, ge=0, description="CPUs that Ray reserves for a worker; it does not limit the threads."
     )
     cpu_threads: int | None = Field(
-        default=None, ge=1, le=1024, description="Threads that a worker computes with; empty: every core."
+        default=None,
+        ge=1,
+        le=1024,
+        description="Threads that a worker computes with; empty: every core that the process may use, shared "
+        "out among num_replicas.",
     )
     max_queued_requests: int = Field(
         default=64, ge=1, description="Requests that may wait for a worker; more are answered with 429."
@@ -117,13 +136,49 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=1024 * 1024, ge=1024, description="Largest request body; more is answered with 413."
     )
+    body_seconds: float = Field(
+        default=30,
+        gt=0,
+        le=3600,
+        description="How long a request's body may take to arrive; a slower one is answered with 408.",
+    )
     api_key: SecretStr | None = Field(
         default=None, description="Key that every request must carry, but for /healthz and /readyz."
+    )
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="File with the hashes of named keys, each with scopes, as `zimage-turbo keys` writes it; "
+        "the api_key, where there is one too, may do everything.",
+    )
+    metrics_without_key: bool = Field(
+        default=False, description="Answer /metrics without a key too, where a key is needed otherwise."
+    )
+    # NoDecode: in the environment they are names with commas between, and no JSON.
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Names under which people reach the server, such as images.example.org, where a proxy "
+        "stands before it; empty: with keys any, without them this machine's own.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Web pages elsewhere that may call the API from a browser, such as "
+        "https://app.example.org; empty: none.",
+    )
+    audit_log: bool | None = Field(
+        default=None,
+        description="A log line for each request that changes something or is refused: who, what, outcome, "
+        "never a prompt; empty: where callers carry keys.",
     )
     log_format: Literal["plain", "json"] = Field(
         default="plain",
         description="How the server's log lines look: plain for a person, json for a log collector; with "
         "json each request is logged.",
+    )
+    # Not OTEL_EXPORTER_OTLP_ENDPOINT: platforms put that into every container, and traces are off by default.
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="Collector that gets an OpenTelemetry trace of each request by OTLP over HTTP, such as "
+        "http://127.0.0.1:4318; empty: no traces.",
     )
     ui: bool = Field(default=True, description="Serve the page at /.")
     haproxy: bool | None = Field(
@@ -132,12 +187,70 @@ class Settings(BaseSettings):
     )
 
     @field_validator(
-        "model", "family", "base", "text_encoder", "vae", "dtype", "device", "api_key", mode="before"
+        "model",
+        "family",
+        "base",
+        "text_encoder",
+        "vae",
+        "dtype",
+        "quantize",
+        "device",
+        "api_key",
+        "api_keys_file",
+        mode="before",
     )
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         """An empty string, as `ZIMAGE_MODEL=` gives it, is no value."""
         return None if isinstance(value, str) and not value.strip() else value
+
+    @field_validator("allowed_hosts", "cors_origins", mode="before")
+    @classmethod
+    def _read_names(cls, value: Any) -> Any:
+        """A list, or text with commas between."""
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts_are_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for each in value:
+            if not _is_web_address(f"http://{each}") or "/" in each or "*" in each:
+                raise ValueError(
+                    "setting allowed_hosts must be names with or without a port, such as images.example.org, "
+                    f"got {each!r}"
+                )
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for each in value:
+            if not _is_web_address(each) or each.count("/") != 2 or "*" in each:
+                raise ValueError(
+                    "setting cors_origins must be origins without a path, such as https://app.example.org, "
+                    f"got {each!r}"
+                )
+        return value
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _read_collector(cls, value: str | None) -> str | None:
+        """Where the collector is, without the path of traces, which is always the same; empty is none."""
+        if value is None or not value.strip():
+            return None
+        if not _is_web_address(value):
+            raise ValueError(
+                "setting otlp_endpoint must be a collector's address such as http://127.0.0.1:4318, "
+                f"got {value!r}"
+            )
+        if not _is_installed("opentelemetry.exporter.otlp.proto.http"):
+            raise ValueError(
+                "setting otlp_endpoint needs a package that is not installed here: "
+                "pip install 'zimage-turbo[tracing]', or leave the setting out"
+            )
+        return value.rstrip("/").removesuffix("/v1/traces")
 
     @field_validator("vram", mode="before")
     @classmethod
@@ -150,10 +263,25 @@ class Settings(BaseSettings):
         except InvalidRequest as wrong:
             raise ValueError(str(wrong)) from wrong
 
+    @field_validator("embedding_cache", mode="before")
+    @classmethod
+    def _read_embedding_cache(cls, value: Any) -> Any:
+        """Bytes, or text with a unit; empty text, as `ZIMAGE_EMBEDDING_CACHE=` gives it, is no value."""
+        if not isinstance(value, str) or value.strip() == "0":
+            return value
+        if not value.strip():
+            return EMBEDDING_CACHE_BYTES
+        try:
+            return parse_memory(value, "setting embedding_cache")
+        except InvalidRequest as wrong:
+            raise ValueError(f"{wrong}; 0 keeps no prompts") from wrong
+
     @property
     def memory(self) -> MemoryWishes:
         """The wishes about the device's memory in the engine's words."""
-        return MemoryWishes(None if self.offload == "auto" else self.offload, self.vram, self.float8)
+        return MemoryWishes(
+            None if self.offload == "auto" else self.offload, self.vram, self.float8, self.quantize
+        )
 
     @field_validator("loras", mode="before")
     @classmethod
@@ -174,11 +302,20 @@ class Settings(BaseSettings):
             raise ValueError(str(wrong)) from wrong
 
     @model_validator(mode="after")
+    def _memory_is_one_wish(self) -> Settings:
+        try:
+            _ = self.memory
+        except InvalidRequest as wrong:
+            raise ValueError(str(wrong)) from wrong
+        return self
+
+    @model_validator(mode="after")
     def _open_address_needs_a_key(self) -> Settings:
         if not is_loopback(self.host) and self.api_key is None:
             raise ValueError(
                 f"host {self.host} can be reached by other machines, and there is no api_key: set "
-                "ZIMAGE_API_KEY to a secret of your own, or listen on 127.0.0.1"
+                "ZIMAGE_API_KEY to a secret of your own, or ZIMAGE_API_KEYS_FILE to a file that `zimage-turbo "
+                "keys add` has made, or listen on 127.0.0.1"
             )
         return self
 
@@ -208,6 +345,24 @@ class Settings(BaseSettings):
         """Where a person on this machine opens the page."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+def _is_web_address(text: str) -> bool:
+    """Whether it names a server, with or without a port and a path, and nothing behind them."""
+    try:
+        parts = urlsplit(text)
+        is_port = parts.port != 0
+    except ValueError:
+        return False
+    named = parts.scheme in ("http", "https") and bool(parts.hostname) and is_port
+    return named and not parts.query and not parts.fragment
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package that it would be in
+        return False
 
 
 def _listed(text: str) -> Any:

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from serve_app.image_codec import ImageEncoding, PictureFacts, encode
-from serve_app.logs import log_to_terminal
+from serve_app.image_codec import ImageEncoding, PictureFacts, encode, encode_preview
+from serve_app.logs import in_trace, log_to_terminal, trace_id_of_request
 from serve_app.metrics import MemoryFigures, WorkerMetrics
 from serve_app.replica import replica_name
 from serve_app.settings import Settings
-from serve_app.worker_reply import WorkerReply
-from zimage_engine.sampling.control import DrawingControl
+from serve_app.worker_reply import Preview, WorkerReply, WorkerTimes
+from zimage_engine.cpu import Cores, ThreadPlan, plan_threads, read_cores
+from zimage_engine.sampling.control import DrawingControl, OnLatents
 from zimage_engine.types import (
     DeviceStatus,
     GenerationRequest,
@@ -33,8 +36,13 @@ from zimage_engine.types import (
 )
 
 if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
     from zimage_engine import Engine
     from zimage_engine.memory.oom import MemoryReport
+
+logger = logging.getLogger(__name__)
 
 Publish = Callable[[StepProgress], Any]
 
@@ -57,25 +65,40 @@ class ImageWorker:
         self._description = self._engine.description
         self._metrics = WorkerMetrics(replica_name(), self._description, loaded_seconds, repairs)
 
-    async def generate(self, request: GenerationRequest, encoding: ImageEncoding) -> WorkerReply:
-        """Draw what is asked and encode it. Cancelling stops the drawing after the current step."""
-        return await self._draw(request, encoding, lambda progress: None)
+    async def generate(
+        self, request: GenerationRequest, encoding: ImageEncoding, trace_id: str = ""
+    ) -> WorkerReply:
+        """Draw what is asked and encode it. Cancelling stops the drawing after the current step.
+
+        With the trace that the request belongs to, log lines tell it, and the reply when all was done.
+        """
+        with in_trace(trace_id):
+            return await self._draw(request, encoding, lambda progress: None)
 
     async def generate_streaming(
-        self, request: GenerationRequest, encoding: ImageEncoding
-    ) -> AsyncIterator[StepProgress | WorkerReply]:
-        """As `generate`, with a StepProgress after each step before the reply."""
-        steps: asyncio.Queue[StepProgress | None] = asyncio.Queue()
+        self, request: GenerationRequest, encoding: ImageEncoding, previews: int = 0, trace_id: str = ""
+    ) -> AsyncIterator[StepProgress | Preview | WorkerReply]:
+        """As `generate`, with a StepProgress after each step before the reply.
+
+        `previews` of the steps are followed by a Preview; by fewer where some cannot be made.
+        """
+        told: asyncio.Queue[StepProgress | Future[Preview] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def publish(progress: StepProgress) -> None:
-            loop.call_soon_threadsafe(steps.put_nowait, progress)
+        def publish(item: StepProgress | Future[Preview]) -> None:
+            loop.call_soon_threadsafe(told.put_nowait, item)
 
-        drawing = asyncio.ensure_future(self._draw(request, encoding, publish))
-        drawing.add_done_callback(lambda _: steps.put_nowait(None))
+        on_latents = self._previewing(previews, encoding, publish) if previews else None
+        with in_trace(trace_id):  # which the new task keeps
+            drawing = asyncio.ensure_future(self._draw(request, encoding, publish, on_latents))
+        drawing.add_done_callback(lambda _: told.put_nowait(None))
         try:
-            while (progress := await steps.get()) is not None:
-                yield progress
+            while (item := await told.get()) is not None:
+                if isinstance(item, Future):
+                    preview: Preview = await asyncio.wrap_future(item)
+                    yield preview
+                else:
+                    yield item
             yield await drawing
         finally:
             if not drawing.done():
@@ -99,18 +122,40 @@ class ImageWorker:
         """Called by Serve: raises where the device no longer answers, and the worker is replaced."""
         self._engine.device_status()
 
+    def _previewing(
+        self, previews: int, encoding: ImageEncoding, publish: Callable[[Future[Preview]], Any]
+    ) -> OnLatents:
+        """Publishes a preview after some of the steps; packing it into a file holds up no drawing."""
+        from zimage_engine.sampling.preview import preview_steps
+
+        def on_latents(progress: StepProgress, latents: torch.Tensor) -> None:
+            if progress.step not in preview_steps(progress.steps, previews):
+                return
+            image = self._engine.preview(latents)
+            if image is not None:
+                publish(self._encoders.submit(_packed, progress, image, encoding))
+
+        return on_latents
+
     async def _draw(
-        self, request: GenerationRequest, encoding: ImageEncoding, publish: Publish
+        self,
+        request: GenerationRequest,
+        encoding: ImageEncoding,
+        publish: Publish,
+        on_latents: OnLatents | None = None,
     ) -> WorkerReply:
         loop = asyncio.get_running_loop()
+        steps: list[tuple[int, int, float]] = []
         async with self._turn:
             self._metrics.set_busy(True)
+            began_at = time.time()
 
             def stepped(progress: StepProgress) -> None:
                 self._metrics.stepped(progress)
+                steps.append((progress.picture, progress.step, time.time()))
                 publish(progress)
 
-            control = DrawingControl(self._drawing_seconds, on_step=stepped)
+            control = DrawingControl(self._drawing_seconds, on_step=stepped, on_latents=on_latents)
             # With this request's context, so that what the engine logs tells its id.
             draw = partial(contextvars.copy_context().run, self._engine.generate, request, control=control)
             drawing = loop.run_in_executor(self._device_thread, draw)
@@ -122,7 +167,10 @@ class ImageWorker:
                 raise
             finally:
                 self._metrics.set_busy(False)
-        return await loop.run_in_executor(self._encoders, _encoded, result, encoding)
+        reply = await loop.run_in_executor(self._encoders, _encoded, result, encoding)
+        if not trace_id_of_request():
+            return reply
+        return replace(reply, times=WorkerTimes(replica_name(), began_at, tuple(steps), time.time()))
 
 
 async def _until_done(future: asyncio.Future[Any]) -> None:
@@ -136,14 +184,26 @@ async def _until_done(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-def _load_engine(settings: Settings) -> Engine:
-    """Load the model, computing on as many threads as the settings say.
+def planned_threads(settings: Settings, variable: str | None, cores: Cores) -> ThreadPlan:
+    """What a worker computes with, where `variable` is its OMP_NUM_THREADS.
 
-    Ray sets OMP_NUM_THREADS from the CPUs that it reserves, which is one: a picture on a CPU would
-    take as many times longer as there are cores.
+    Ray sets that to the CPUs that it reserves for the worker, one by default, unless a person set it before:
+    a picture on a CPU would take as many times longer as there are cores. Ray's own number is passed over.
     """
-    threads = settings.cpu_threads or max(1, (os.cpu_count() or 1) // settings.num_replicas)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    from_ray = str(max(1, int(settings.worker_cpus)))
+    return plan_threads(
+        cores,
+        wanted=settings.cpu_threads,
+        variable=None if variable == from_ray else variable,
+        workers=settings.num_replicas,
+    )
+
+
+def _load_engine(settings: Settings) -> Engine:
+    """Load the model, computing on as many threads as planned."""
+    planned = planned_threads(settings, os.environ.get("OMP_NUM_THREADS"), read_cores())
+    logger.info("cpu: %s", planned.because)
+    os.environ["OMP_NUM_THREADS"] = str(planned.threads)
     # After the last product of a picture OpenMP's threads would go on looking for work for some milliseconds,
     # on cores that the reply needs. Drawing takes as long with this bound as without (1000 would slow it).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -151,7 +211,7 @@ def _load_engine(settings: Settings) -> Engine:
 
     from zimage_engine import Engine
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(planned.threads)
     return Engine.load(
         settings.model,
         settings.device,
@@ -162,6 +222,7 @@ def _load_engine(settings: Settings) -> Engine:
         loras=settings.loras,
         dtype=settings.dtype,
         memory=settings.memory,
+        embedding_cache_bytes=settings.embedding_cache,
     )
 
 
@@ -169,6 +230,7 @@ def _memory_figures(report: MemoryReport) -> MemoryFigures:
     """What is counted of the engine's memory; what the device does not tell is left out."""
     seen = report.snapshot
     sizes = {
+        "free": seen.free_bytes,
         "allocated": seen.allocated_bytes,
         "reserved": seen.reserved_bytes,
         "peak": seen.peak_allocated_bytes,
@@ -190,6 +252,10 @@ def _store_bytes() -> tuple[int, int]:
     wanted = default_cache_folder()
     store = shutil.disk_usage(next(folder for folder in (wanted, *wanted.parents) if folder.exists()))
     return store.free, store.total
+
+
+def _packed(progress: StepProgress, image: Image, encoding: ImageEncoding) -> Preview:
+    return Preview(progress, encode_preview(image, encoding), image.width, image.height)
 
 
 def _encoded(result: GenerationResult, encoding: ImageEncoding) -> WorkerReply:

@@ -4,16 +4,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from zimage_engine.types import GenerationReport
+from zimage_engine.types import GenerationReport, StepProgress
+
+
+@dataclass(frozen=True)
+class WorkerTimes:
+    """When a worker did its parts, in seconds since 1970 by its own clock, and its name.
+
+    `steps` has (picture, step, when it ended), both counted from 1; `encoded_at` is when the files were done.
+    """
+
+    worker: str
+    began_at: float
+    steps: tuple[tuple[int, int, float], ...]
+    encoded_at: float
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a picture looked like after a step, as the bytes of a file; sizes are pixels of this file."""
+
+    progress: StepProgress
+    file: bytes = field(repr=False)
+    width: int
+    height: int
 
 
 @dataclass(frozen=True)
 class WorkerReply:
     """Finished pictures as the bytes of their files, in the order asked, and how they were made.
 
-    `encode_file_seconds` is what packing all of them into files took.
+    `encode_file_seconds` is what packing all of them into files took. `times` is there where the request is
+    traced.
     """
 
     pictures: tuple[bytes, ...] = field(repr=False)
     report: GenerationReport
     encode_file_seconds: float = 0.0
+    times: WorkerTimes | None = None

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_engine import quality
-from zimage_engine.errors import DoesNotFit, GuardExhausted, OutOfMemory
+from zimage_engine import cpu
+from zimage_engine.dtype_choice import choice_of_dtype
+from zimage_engine.errors import DoesNotFit, OutOfMemory
 from zimage_engine.families import ModelFamily
 from zimage_engine.loading.adapter import ModelLoaderAdapter
 from zimage_engine.loading.describe import describe, max_tokens
@@ -23,24 +24,33 @@ from zimage_engine.loading.lora import replace_loras
 from zimage_engine.loading.lora_layouts import check_loras
 from zimage_engine.loading.lora_weight import LoraWeight
 from zimage_engine.memory.oom import MemoryReport
+from zimage_engine.memory.planner import title
+from zimage_engine.memory.quantize import check_quantisation, quiet_torchao
 from zimage_engine.memory.residency import MemoryWishes
 from zimage_engine.memory.room import Room, keeper_for
-from zimage_engine.memory.snapshot import available_devices, choose_device, device_clock, device_status
+from zimage_engine.memory.snapshot import (
+    available_devices,
+    choose_device,
+    device_clock,
+    device_status,
+)
 from zimage_engine.prompts import enhancer
 from zimage_engine.prompts.tokens import token_counter
 from zimage_engine.refiner import refine
 from zimage_engine.sampling.control import DrawingControl
+from zimage_engine.sampling.embedding_cache import EmbeddingCache
 from zimage_engine.sampling.pipeline import DrawnPicture, GuardedPipeline, PromptEmbeddings
 from zimage_engine.sampling.plan import SamplingPlan, resolve
+from zimage_engine.sampling.preview import preview
 from zimage_engine.sampling.told import guard_notices
+from zimage_engine.second_look import drawn_and_looked_at
 from zimage_engine.types import (
+    EMBEDDING_CACHE_BYTES,
     DeviceStatus,
     EnhancedPrompt,
     GenerationReport,
     GenerationRequest,
     GenerationResult,
-    GuardAttempt,
-    GuardTrip,
     LoraUse,
     MemoryUse,
     ModelDescription,
@@ -51,6 +61,7 @@ from zimage_engine.types import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
@@ -73,6 +84,7 @@ class Engine:
         model_id: str,
         device: str,
         memory: MemoryWishes | None = None,
+        embedding_cache_bytes: int = EMBEDDING_CACHE_BYTES,
     ) -> None:
         """Take over a verified pipeline; `Engine.load` is the usual way here.
 
@@ -82,7 +94,9 @@ class Engine:
         self.description: ModelDescription = describe(pipeline, family, model_id, device)
         self._max_tokens = max_tokens(pipeline, family)
         self._clock = device_clock(device)
-        self._guarded = GuardedPipeline(pipeline, family, self._clock)
+        #: What the text encoder answered; None where nothing of that is to be kept.
+        self._embeddings = EmbeddingCache(embedding_cache_bytes) if embedding_cache_bytes else None
+        self._guarded = GuardedPipeline(pipeline, family, self._clock, self._embeddings)
         self._keeper = keeper_for(self.pipeline, family, device, memory or MemoryWishes())
         self._loras: tuple[LoraUse, ...] = ()
         #: The repairs that the checkpoint needed to be loaded, by name.
@@ -103,29 +117,51 @@ class Engine:
         loras: Sequence[LoraWeight] = (),
         dtype: str | None = None,
         memory: MemoryWishes | None = None,
+        offload: str | None = None,
+        embedding_cache_bytes: int = EMBEDDING_CACHE_BYTES,
+        threads: int | None = None,
     ) -> Engine:
         """Load a model folder, single file or hub id; None is the demo model that comes with the package.
 
         `family` says what kind of model it is where the files do not; `base` is a folder or hub id that
         supplies what a single file lacks, `text_encoder` and `vae` are folders or files with that one part.
         `loras` are put on as by `set_loras`. `dtype` is "bfloat16", "float32" or "float16", None the family's
-        own; DtypeRefused with the reason where the model does not bear it. `memory` limits what of the
-        device's memory is used, and how; None: whatever is fastest and fits.
+        own; DtypeRefused with the reason where the model does not bear it. "auto" is float32 on a processor
+        that was measured to be clearly faster in it and has the memory, else bfloat16; None means that too on
+        a processor without instructions for bfloat16.
+        `memory` limits what of the device's memory is used, and how; None: whatever is fastest and fits.
+        `offload` is its offload alone, where that is all there is to say: "none", "model", "stream",
+        "sequential" or "disk"; None and "auto" leave it as `memory` has it.
+        `embedding_cache_bytes` of the host's memory keep encoded prompts for requests that repeat them, 0
+        none; pictures are the same.
+        `threads` is what a CPU computes with, None: every core that the process may use.
 
         `device` is "cuda", "cuda:1", "mps" or "cpu"; None takes the best there is, in that order.
         Raises DeviceUnavailable, CheckpointNotFound, UnknownFamily or CheckpointDamaged.
         """
         chosen = choose_device(device, available_devices())
         check_loras(loras)
-        adapter = ModelLoaderAdapter(
+        if offload not in (None, "auto"):
+            memory = replace(memory or MemoryWishes(), offload=offload)
+        quiet_torchao()
+        check_quantisation(None if memory is None else memory.quantize, chosen)
+        source = partial(
+            ModelLoaderAdapter,
             DEMO_MODEL_PATH if path_or_id is None else path_or_id,
             family,
             base=base,
             text_encoder=text_encoder,
             vae=vae,
-            dtype=dtype,
         )
-        engine = cls(adapter.load(), adapter.family, _model_id(path_or_id), chosen, memory)
+        if chosen == "cpu":
+            cpu.use_cores(threads)
+        choice = choice_of_dtype(dtype, chosen, source)
+        adapter = source(dtype=dtype if choice is None else choice.dtype)
+        engine = cls(
+            adapter.load(), adapter.family, _model_id(path_or_id), chosen, memory, embedding_cache_bytes
+        )
+        if choice is not None:
+            engine.description = replace(engine.description, dtype_because=choice.because)
         engine.set_loras(loras)
         engine.place()
         engine.repairs = adapter.repairs
@@ -143,6 +179,8 @@ class Engine:
         Raises CheckpointNotFound or CheckpointDamaged where a file does not fit the model whole.
         """
         check_loras(loras)
+        if self._embeddings is not None:  # its keys do not tell what is adapted, and by what
+            self._embeddings.clear()
         with self._keeper.weights_change():
             reports = replace_loras(self.pipeline, loras)
         self._loras = tuple(
@@ -172,8 +210,11 @@ class Engine:
         return self._keeper.report
 
     def device_status(self) -> DeviceStatus:
-        """What the device is called and how much of its memory is used now."""
-        return device_status(self.description.device)
+        """What the device is called, how much of its memory is used now, and the memory plan in force."""
+        status, plan = device_status(self.description.device), self._keeper.plan
+        if plan is None or not self._keeper.has_own_memory:
+            return status
+        return replace(status, plan=title(plan), plan_because=plan.because)
 
     def generate(
         self,
@@ -209,6 +250,14 @@ class Engine:
         report = self._report(plan, enhancement, embeddings, pictures, room.use, started)
         return GenerationResult(images, report)
 
+    def preview(self, latents: torch.Tensor) -> Image | None:
+        """A small picture of what is being drawn; None where none can be shown. Never raises.
+
+        To be called from within a control's `on_latents`, with its latents. The finished picture is bit for
+        bit the one that is drawn without.
+        """
+        return preview(self.pipeline, latents)
+
     def _enhance(self, plan: SamplingPlan, wanted: bool) -> EnhancedPrompt:
         if not wanted:
             return enhancer.unchanged(plan.prompt, plan.negative_prompt)
@@ -221,49 +270,21 @@ class Engine:
 
     def _draw(self, plan: SamplingPlan, embeddings: PromptEmbeddings, index: int, reins: _Reins) -> _Finished:
         """One picture, refined where the plan says so."""
-        drawn, looks = self._drawn_twice_if_wrong(plan, embeddings, index, reins)
+        seed = plan.seeds[index]
+
+        def draw(in_float32: bool) -> DrawnPicture:
+            # The steps of a second drawing are not told: they are the same steps of the same picture.
+            told = (lambda *_: None) if in_float32 else reins.of_picture(index)
+            return self._guarded.draw(plan, embeddings, seed, reins.check, told, in_float32=in_float32)
+
+        drawn, looks = drawn_and_looked_at(draw, self._guarded.is_float32, self._clock)
         notices = (*guard_notices(drawn.trace, plan.guidance_scale), *looks)
         for notice in notices:
-            logger.warning("seed %d: %s", plan.seeds[index], notice.message)
+            logger.warning("seed %d: %s", seed, notice.message)
         if not plan.refine:
             return _Finished(drawn, drawn.image, notices, 0.0)
         refined = refine(drawn.image)
         return _Finished(drawn, refined.image, notices, refined.seconds)
-
-    def _drawn_twice_if_wrong(
-        self, plan: SamplingPlan, embeddings: PromptEmbeddings, index: int, reins: _Reins
-    ) -> tuple[DrawnPicture, tuple[Notice, ...]]:
-        """A picture that looks wrong though nothing was found is drawn once more in float32.
-
-        If that comes out the same it may be what was asked for, and is returned with notices that say how it
-        looks. The steps of the second drawing are not told: they are the same steps of the same picture.
-        """
-        seed = plan.seeds[index]
-        picture = self._guarded.draw(plan, embeddings, seed, reins.check, reins.of_picture(index))
-        measured = quality.measure(picture.image)
-        looks = quality.notices(measured)
-        if not looks or self._guarded.is_float32:
-            return picture, looks
-        started = self._clock()
-        try:
-            again = self._guarded.draw(plan, embeddings, seed, reins.check, lambda *_: None, in_float32=True)
-        except (GuardExhausted, RuntimeError) as error:  # the first picture is whole, and is kept
-            seconds = self._clock() - started
-            attempt = GuardAttempt("float32", "failed", seconds, f"it could not be drawn: {error}")
-            return _with_second_look(picture, getattr(error, "trips", ()), looks, attempt), looks
-        measured_again = quality.measure(again.image)
-        seconds = self._clock() - started
-        if quality.same_finding(measured, measured_again):
-            because = "it came out the same, so it may be what was asked for"
-            attempt = GuardAttempt("float32", "failed", seconds, because)
-            return _with_second_look(picture, again.trace.trips, looks, attempt), looks
-        again = replace(
-            again,
-            denoise_seconds=picture.denoise_seconds + again.denoise_seconds,
-            decode_seconds=picture.decode_seconds + again.decode_seconds,
-        )
-        attempt = GuardAttempt("float32", "recovered", seconds)
-        return _with_second_look(again, picture.trace.trips, looks, attempt), quality.notices(measured_again)
 
     def _report(
         self,
@@ -296,6 +317,7 @@ class Engine:
             family=model.family,
             device=model.device,
             dtype=model.dtype,
+            dtype_because=model.dtype_because,
             prompt=plan.prompt,
             negative_prompt=plan.negative_prompt,
             enhancement=enhancement,
@@ -309,6 +331,7 @@ class Engine:
             warnings=plan.warnings + embeddings.warnings,
             memory=memory,
             loras=self._loras,
+            prompt_cache=embeddings.cache,
         )
 
 
@@ -324,17 +347,6 @@ class _Finished:
     @property
     def seconds(self) -> float:
         return self.drawn.denoise_seconds + self.drawn.decode_seconds + self.refine_seconds
-
-
-def _with_second_look(
-    kept: DrawnPicture,
-    trips_of_the_other: tuple[GuardTrip, ...],
-    looks: tuple[Notice, ...],
-    attempt: GuardAttempt,
-) -> DrawnPicture:
-    """The drawing that is kept, with what was met in the other one, and with why there were two."""
-    trip = GuardTrip("picture", None, looks[0].code, (attempt,))
-    return replace(kept, trace=replace(kept.trace, trips=(*kept.trace.trips, *trips_of_the_other, trip)))
 
 
 class _Reins:

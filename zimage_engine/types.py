@@ -124,13 +124,28 @@ class MemoryUse:
 
     `offload` is the way (none, model, stream, sequential, disk), `plan` says it in a line with its reason.
     `predicted_peak_bytes` is None on a device without memory of its own. `oom_recoveries` tells what was done
-    after each out-of-memory: freed, leaner, tiled.
+    after each out-of-memory: freed, leaner, tiled. `quantize` is int8 or fp8 where the denoiser's matrices
+    were quantised, which changes pictures a little.
     """
 
     offload: str
     plan: str
     predicted_peak_bytes: int | None = None
     oom_recoveries: tuple[str, ...] = ()
+    quantize: str | None = None
+
+
+#: How much of encoded prompts an engine keeps unless it is told otherwise: of Z-Image's two dozen with all
+#: their 512 tokens, or two hundred with 60.
+EMBEDDING_CACHE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCacheUse:
+    """How many of a request's prompts were encoded before (`hits`), and how many now (`misses`)."""
+
+    hits: int
+    misses: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +179,8 @@ class GenerationReport:
     """What happened, whole: every value that was decided, for each picture what it took.
 
     `guidance_scale` is the conventional w. `prompt` and `negative_prompt` are those that were drawn.
-    `warnings` concern the whole request; those of one picture stand in `pictures`.
+    `warnings` concern the whole request; those of one picture stand in `pictures`. `prompt_cache` is None
+    where encoded prompts are not kept. `dtype_because` is the model's, "" where nothing was to be chosen.
     """
 
     model: str
@@ -184,6 +200,8 @@ class GenerationReport:
     warnings: tuple[Notice, ...] = ()
     memory: MemoryUse | None = None
     loras: tuple[LoraUse, ...] = ()
+    prompt_cache: PromptCacheUse | None = None
+    dtype_because: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values that `json.dumps` takes."""
@@ -205,6 +223,7 @@ class ModelDescription:
     Sizes are pixels; `max_side` bounds width and height, `max_steps` the steps. `tokenizer_json` is the text
     of a `tokenizers` file ("" where the model has none), so that prompts can be counted elsewhere;
     `token_limit` is how many of a prompt's own tokens reach the text encoder, the chat template's off.
+    `dtype_because` says why it computes in `dtype`, where that was for the program to choose, else "".
     """
 
     id: str
@@ -220,13 +239,19 @@ class ModelDescription:
     tokenizer_json: str = field(repr=False, default="")
     max_side: int = 2048
     max_steps: int = 100
+    dtype_because: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatus:
-    """Memory of the device that draws, in bytes; None where the device does not tell (CPU)."""
+    """Memory of the device that draws, in bytes; None where the device does not tell (CPU).
+
+    `plan` says in a few words where the weights are, None where there is nothing to plan; `plan_because` why.
+    """
 
     device: str
     name: str
     total_bytes: int | None
     used_bytes: int | None
+    plan: str | None = None
+    plan_because: str | None = None

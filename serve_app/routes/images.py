@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from serve_app import openai_schema as schema
 from serve_app.error_mapping import RequestRefused
 from serve_app.routes.answers import AnsweringRoute, service_of
+from serve_app.streaming import events_in_docs, picture_stream
 
 router = APIRouter(tags=["images"], route_class=AnsweringRoute)
 
@@ -29,14 +30,18 @@ _BODY_IN_DOCS = {
     summary="Draw pictures from a prompt",
     response_model=None,
     responses={
-        200: {"model": schema.ImagesResponse},
+        200: {
+            "model": schema.ImagesResponse,
+            "description": "The pictures; with stream true, server-sent events with the picture in the last.",
+            "content": {"text/event-stream": events_in_docs()},
+        },
         400: {"model": schema.ErrorResponse, "description": "A field cannot be used; the message says why."},
         429: {"model": schema.ErrorResponse, "description": "Too many requests wait already."},
         503: {"model": schema.ErrorResponse, "description": "No worker has its model at the moment."},
     },
     openapi_extra=_BODY_IN_DOCS,
 )
-async def generate(request: Request) -> JSONResponse:
+async def generate(request: Request) -> Response:
     """The body is read here and not by FastAPI, whose messages are not made for callers."""
     service = service_of(request)
     with service.failures_counted():
@@ -45,6 +50,8 @@ async def generate(request: Request) -> JSONResponse:
         encoding = schema.to_encoding(wire)
         schema.check_model(wire, await service.description_when_ready())
         asked = schema.to_engine(wire)
+    if wire.stream:
+        return picture_stream(service, wire, asked, encoding)
     reply = await service.generate(asked, encoding)
     return JSONResponse(
         schema.to_response(wire, encoding, reply.pictures, reply.report),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPENMETRICS
 
 from serve_app.routes.answers import AnsweringRoute, service_of
 
@@ -31,4 +33,8 @@ async def readyz(request: Request) -> JSONResponse:
 
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
 async def metrics(request: Request) -> PlainTextResponse:
-    return PlainTextResponse(await service_of(request).metrics_text(), media_type=CONTENT_TYPE_LATEST)
+    """Prometheus' text for everybody; OpenMetrics, which has exemplars, for whoever asks for it by name."""
+    _, chosen = choose_encoder(request.headers.get("accept", ""))
+    with_exemplars = chosen.startswith("application/openmetrics-text")
+    text = await service_of(request).metrics_text(with_exemplars)
+    return PlainTextResponse(text, media_type=OPENMETRICS if with_exemplars else CONTENT_TYPE_LATEST)

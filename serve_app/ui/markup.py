@@ -27,13 +27,15 @@ def badge_text(steps: int, guidance_scale: float, dtype: str) -> str:
 
 
 def status_text(status: DeviceStatus) -> str:
-    """The device in one line: `GPU: CUDA OK | VRAM: 5.2/12.0 GB`, `MPS` or `CPU`."""
+    """The device in one line, and the memory plan, if any: `GPU: CUDA OK | VRAM: 5.2/12.0 GB`, `MPS`, `CPU`."""
     kind = status.device.partition(":")[0]
-    name = f"GPU: {kind.upper()} OK" if kind == "cuda" else kind.upper()
-    if status.used_bytes is None or status.total_bytes is None:
-        return name
-    used, total = status.used_bytes / _BYTES_PER_GB, status.total_bytes / _BYTES_PER_GB
-    return f"{name} | VRAM: {used:.1f}/{total:.1f} GB" if kind == "cuda" else name
+    parts = [f"GPU: {kind.upper()} OK" if kind == "cuda" else kind.upper()]
+    if kind == "cuda" and status.used_bytes is not None and status.total_bytes is not None:
+        used, total = status.used_bytes / _BYTES_PER_GB, status.total_bytes / _BYTES_PER_GB
+        parts.append(f"VRAM: {used:.1f}/{total:.1f} GB")
+    if status.plan is not None:
+        parts.append(status.plan)
+    return " | ".join(parts)
 
 
 def badge_of_defaults(description: ModelDescription) -> str:
@@ -47,8 +49,8 @@ def badge_of_report(report: GenerationReport) -> str:
 
 
 def status_line(status: DeviceStatus, model: str) -> str:
-    """The device, with the model's name and the device's own on hovering."""
-    hint = escape(f"{model} · {status.name}")
+    """The device, with the model's name, the device's own and the plan's reason on hovering."""
+    hint = escape(" · ".join(part for part in (model, status.name, status.plan_because) if part))
     return f'<span class="status ready" title="{hint}">{escape(status_text(status))}</span>'
 
 
@@ -101,12 +103,14 @@ def notices_box(notices: Iterable[Notice], language: Language) -> str:
 
 
 def facts(report: GenerationReport, language: Language) -> str:
-    """Seed, size and seconds of the picture."""
+    """Seed, size and seconds of the picture, and the LoRAs that were in force."""
     rows = {
         "used_seed": str(report.pictures[0].seed),
         "used_size": f"{report.width} × {report.height}",
         "used_time": say("seconds", language, seconds=report.seconds),
     }
+    if report.loras:
+        rows["used_loras"] = ", ".join(f"{lora.name} × {lora.weight:g}" for lora in report.loras)
     cells = (
         f'<div><dt>{say(key, language)}</dt><dd class="{key}">{escape(value)}</dd></div>'
         for key, value in rows.items()

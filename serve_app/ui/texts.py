@@ -61,6 +61,7 @@ MESSAGES: dict[str, Text] = {
     "used_seed": Text("Seed", "种子"),
     "used_size": Text("Size", "尺寸"),
     "used_time": Text("Time", "用时"),
+    "used_loras": Text("LoRA", "LoRA"),
     "seconds": Text("{seconds:.1f} s", "{seconds:.1f} 秒"),
     "starting": Text("Reading your words…", "正在理解你的描述…"),
     "outline": Text("Step {step} of {steps}: outline", "第 {step}/{steps} 步：勾轮廓"),
@@ -115,6 +116,7 @@ NOTICES_IN_CHINESE: dict[str, str] = {
 REFUSALS_IN_CHINESE: dict[str, str] = {
     "invalid_value": "有一项设置无法使用：",
     "queue_full": "现在排队的图片很多，请过几秒再试。",
+    "rate_limit_exceeded": "你提交得太多或太快了，请稍等片刻再试。",
     "model_not_ready": "模型还没有准备好，请过几秒再试。",
     "worker_lost": "绘图进程意外停止，正在重新启动。请再试一次；如果图片很大，请缩小尺寸。",
     "cancelled": "绘制在完成前被停止了，请再试一次。",

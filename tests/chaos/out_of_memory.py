@@ -76,7 +76,8 @@ class Tally:
 
 def engine_on_a_card(folder: Path) -> Engine:
     """A tiny engine whose keeper plans for a card."""
-    engine = Engine.load(write_tiny_z_image(folder), device="cpu")
+    # Without it every request would find its prompts encoded, and the text encoder would never run out.
+    engine = Engine.load(write_tiny_z_image(folder), device="cpu", embedding_cache_bytes=0)
     footprint = footprint_of_pipeline(engine.pipeline, family_named(engine.description.family))
     engine._keeper.close()
     engine._keeper = MemoryKeeper(

@@ -138,7 +138,7 @@ def observed_application() -> Iterator[Observed]:
         application = stack.enter_context(_application(folder, port))
         stack.enter_context(_constructed_worker(figures_port))
         targets = {APPLICATION: port, CONSTRUCTED: figures_port}
-        prometheus = stack.enter_context(_prometheus(folder / "prometheus", prometheus_port, targets))
+        prometheus = stack.enter_context(prometheus_over(folder / "prometheus", prometheus_port, targets))
         client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=START_SECONDS))
         began = time.time()
         _until(lambda: "zimage_build_info" in prometheus.get("/api/v1/label/__name__/values").text)
@@ -279,7 +279,7 @@ def _application(folder: Path, port: int) -> Iterator[psutil.Process]:
 
 
 @contextmanager
-def _prometheus(folder: Path, port: int, targets: dict[str, int]) -> Iterator[httpx.Client]:
+def prometheus_over(folder: Path, port: int, targets: dict[str, int]) -> Iterator[httpx.Client]:
     """Debian's Prometheus with our rules and our scrape configuration, but looking every other second."""
     folder.mkdir()
     config = yaml.safe_load((RULES.parent / "prometheus.yml").read_text(encoding="utf-8"))
@@ -298,6 +298,7 @@ def _prometheus(folder: Path, port: int, targets: dict[str, int]) -> Iterator[ht
         f"--config.file={file}",
         f"--storage.tsdb.path={folder / 'series'}",
         f"--web.listen-address=127.0.0.1:{port}",
+        "--enable-feature=exemplar-storage",
         "--log.level=warn",
     ]
     with _running(command, folder / "log") as process:

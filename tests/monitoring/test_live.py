@@ -69,6 +69,16 @@ def test_a_requests_id_stands_in_the_lines_of_the_ingress_and_of_the_worker(obse
     assert ended["replica"] in observed.by("replica", f"zimage_build_info{{{OURS}}}")
 
 
+def test_a_requests_id_stands_beside_the_bucket_that_it_fell_into(observed: Observed) -> None:
+    asked: dict[str, str | float] = {
+        "query": f"zimage_request_seconds_bucket{{{OURS}}}",
+        "start": observed.began,
+        "end": observed.ended,
+    }
+    series = observed.prometheus.get("/api/v1/query_exemplars", params=asked).json()["data"]
+    assert TRACED in {each["labels"]["request_id"] for of in series for each in of["exemplars"]}
+
+
 def test_every_query_of_every_panel_returns_data(observed: Observed) -> None:
     empty = [
         (dashboard.title, panel.title, query.expression)

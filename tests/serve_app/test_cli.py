@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from typer.testing import CliRunner, Result
 
 from serve_app import cli, terminal
 from serve_app.image_codec import ImageEncoding
+from tests.serve_app.test_metrics import REPORT
 from tests.stand_in_hub import StandInHub
 from tests.zimage_engine.tiny_models.lora import write_lora
 from tests.zimage_engine.tiny_models.pixart import write_tiny_pixart
 from zimage_engine.engine import DEMO_MODEL_PATH
 from zimage_engine.errors import InvalidRequest
+from zimage_engine.types import PromptCacheUse
 
 COMMANDS = ("launch", "generate", "download")
 #: The least work that draws: two steps without guidance.
@@ -185,6 +188,12 @@ def test_pictures_are_numbered_carry_their_settings_and_can_be_drawn_again(tmp_p
         assert second.size == again.size == (256, 256)
 
 
+def test_pictures_drawn_one_by_one_count_the_prompts_of_all() -> None:
+    reports = [replace(REPORT, prompt_cache=use) for use in (PromptCacheUse(0, 2), PromptCacheUse(2, 0))]
+    assert cli.join_reports(reports).prompt_cache == PromptCacheUse(2, 2)
+    assert cli.join_reports([REPORT, REPORT]).prompt_cache is None
+
+
 def test_loras_are_drawn_with_and_told(tmp_path: Path) -> None:
     style = write_lora(DEMO_MODEL_PATH, tmp_path / "style=2.safetensors", seed=1)
     touch = write_lora(DEMO_MODEL_PATH, tmp_path / "touch.safetensors", seed=2)
@@ -266,7 +275,7 @@ def test_dtype_reaches_the_report_and_float16_is_refused_with_the_reason(tmp_pat
     assert "cannot be drawn in float16: its text encoder, T5, overflows" in refused.stdout
     unserved = run("launch", "--dtype", "half")
     assert_one_sentence(unserved, cli.EXIT_INVALID_INPUT)
-    assert "--dtype: input should be 'bfloat16', 'float32' or 'float16', got 'half'" in unserved.stderr
+    assert "--dtype: input should be 'auto', 'bfloat16', 'float32' or 'float16'" in unserved.stderr
     misspelt = run("generate", "a star", "-o", target, "--dtype", "half", *QUICK)
     assert_one_sentence(misspelt, cli.EXIT_INVALID_INPUT)
     assert "dtype must be one of bfloat16, float32, float16, got 'half'" in misspelt.stderr
@@ -514,6 +523,9 @@ def test_memory_is_a_card_s_and_a_size_has_a_unit(tmp_path: Path) -> None:
     unread = run("generate", "a star", "-o", target, "--vram", "much", *QUICK)
     assert unread.exit_code == 2
     assert "--vram must be a size such as 12GiB" in unread.stderr
+    unread = run("launch", "--embedding-cache", "much")
+    assert unread.exit_code == 2
+    assert "--embedding-cache must be a size such as 12GiB" in unread.stderr
     unknown = run("launch", "--offload", "gpu")
     assert unknown.exit_code == 2
     assert "--offload: input should be 'auto', 'none', 'model'" in unknown.stderr

@@ -7,9 +7,12 @@ from itertools import product
 from typing import Any, get_args
 
 import pytest
+from prometheus_client import generate_latest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app import error_mapping, openai_schema
+from serve_app.logs import LONGEST_ID
 from serve_app.metrics import (
     ATTEMPTS,
     DEFRAGS,
@@ -44,6 +47,7 @@ from zimage_engine.types import (
     GuardTrip,
     Notice,
     PictureReport,
+    PromptCacheUse,
     StepProgress,
 )
 
@@ -108,6 +112,17 @@ def test_a_report_is_counted_by_picture_and_by_stage() -> None:
     assert seen["zimage_model_loaded", ()] == 0
 
 
+def test_prompts_are_counted_by_whether_they_were_encoded_before() -> None:
+    metrics = ServerMetrics("1")
+    name = "zimage_prompt_cache_total"
+    assert samples(metrics.named_text()[1])[name, (("outcome", "hit"), ME)] == 0
+    for use in (PromptCacheUse(1, 1), PromptCacheUse(2, 0), None):
+        metrics.record(replace(REPORT, prompt_cache=use), 4.0)
+    seen = samples(metrics.named_text()[1])
+    assert seen[name, (("outcome", "hit"), ME)] == 3
+    assert seen[name, (("outcome", "miss"), ME)] == 1
+
+
 def test_what_is_under_way_is_told_until_it_ends() -> None:
     metrics = ServerMetrics("1")
     metrics.started()
@@ -141,6 +156,68 @@ def test_an_ingress_that_is_there_twice_has_one_series() -> None:
     ]
 
 
+EXEMPLAR = {"request_id": 'a "quoted" \\ id', "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736"}
+
+
+def served(replica: str, exemplar: dict[str, str] | None) -> ServerMetrics:
+    metrics = ServerMetrics("1", replica)
+    metrics.record(REPORT, 4.0, 0.25, 0.5, exemplar)
+    return metrics
+
+
+def test_exemplars_survive_the_joining_of_all_texts() -> None:
+    """Also those of an ingress that is asked by another one; the bucket that 4 s fall into has them."""
+    ingresses = [
+        served("left", EXEMPLAR).named_text(),
+        served("right", EXEMPLAR | {"request_id": "r"}).named_text(),
+        served("bare", None).named_text(),
+    ]
+    text = merged(ingresses, [WorkerMetrics("one", MODEL).text(CUDA)], with_exemplars=True)
+    found = {
+        (sample.name, sample.labels["replica"], sample.labels["le"], *sample.exemplar.labels.items())
+        for family in openmetrics_families(text)
+        for sample in family.samples
+        if sample.exemplar and family.name == "zimage_request_seconds"
+    }
+    assert found == {
+        ("zimage_request_seconds_bucket", "left", "4.0", *EXEMPLAR.items()),
+        (
+            "zimage_request_seconds_bucket",
+            "right",
+            "4.0",
+            ("request_id", "r"),
+            ("trace_id", EXEMPLAR["trace_id"]),
+        ),
+    }
+    assert text.endswith("# EOF\n") and text.count("# EOF") == 1
+
+
+def test_without_exemplars_the_text_is_as_if_there_were_none() -> None:
+    """A scraper that reads Prometheus' text gets it byte for byte as the client library writes it."""
+    one, other = served("left", EXEMPLAR), served("left", None)
+    text = merged([one.named_text()], [])
+    assert text == merged([other.named_text()], [])
+    written = generate_latest(one._table.registry).decode()
+    assert text.startswith(written) and "#  {" not in text and "# EOF" not in text
+
+
+def test_both_forms_have_the_same_names_labels_and_values() -> None:
+    ingress, worker = served("left", EXEMPLAR).named_text(), WorkerMetrics("one", MODEL).text(CUDA)
+    plain = samples(merged([ingress], [worker]))
+    with_exemplars = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in openmetrics_families(merged([ingress], [worker], with_exemplars=True))
+        for sample in family.samples
+    }
+    assert with_exemplars == plain and ("zimage_pictures_total", (("replica", "left"),)) in plain
+
+
+def test_the_longest_name_of_a_request_fits_into_an_exemplar() -> None:
+    served("left", {"request_id": "x" * LONGEST_ID, "trace_id": "0" * 32})
+    with pytest.raises(ValueError, match="128"):
+        served("left", {"request_id": "x" * (LONGEST_ID + 15), "trace_id": "0" * 32})
+
+
 def test_a_step_is_timed_from_the_step_before_of_the_same_picture() -> None:
     metrics = WorkerMetrics("one", MODEL)
     for picture in (1, 2):
@@ -152,7 +229,7 @@ def test_a_step_is_timed_from_the_step_before_of_the_same_picture() -> None:
 def test_a_memory_keepers_totals_become_counters() -> None:
     metrics = WorkerMetrics("one", MODEL)
     figures = MemoryFigures(
-        bytes_by_kind={"allocated": 3, "reserved": 4, "peak": 5},
+        bytes_by_kind={"free": 2, "allocated": 3, "reserved": 4, "peak": 5},
         fragmentation_ratio=0.25,
         offload_mode="stream",
         defrags={"deep": 2},
@@ -162,7 +239,8 @@ def test_a_memory_keepers_totals_become_counters() -> None:
     metrics.text(CUDA, figures)
     seen = samples(metrics.text(CUDA, figures, store_bytes=(7, 8)))
     one = ("replica", "one")
-    assert seen["zimage_vram_bytes", (("kind", "reserved"), one)] == 4
+    sizes = {kind: seen["zimage_vram_bytes", (("kind", kind), one)] for kind in VRAM_KINDS}
+    assert sizes == {"used": 5_000, "free": 2, "total": 12_000, "allocated": 3, "reserved": 4, "peak": 5}
     assert seen["zimage_vram_fragmentation_ratio", (one,)] == 0.25
     assert seen["zimage_offload_mode", (("mode", "stream"), one)] == 1
     assert seen["zimage_offload_mode", (("mode", "none"), one)] == 0

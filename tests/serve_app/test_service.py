@@ -74,7 +74,9 @@ class ScriptedWorkers:
     def generate_streaming(self) -> Any:
         return _Remote(self._stream)
 
-    async def _draw(self, request: GenerationRequest, encoding: ImageEncoding) -> WorkerReply:
+    async def _draw(
+        self, request: GenerationRequest, encoding: ImageEncoding, trace_id: str = ""
+    ) -> WorkerReply:
         self.seen.append(request)
         fate = self.fates.pop(0) if self.fates else None
         if fate is not None:
@@ -82,7 +84,7 @@ class ScriptedWorkers:
         return reply_to(request)
 
     async def _stream(
-        self, request: GenerationRequest, encoding: ImageEncoding
+        self, request: GenerationRequest, encoding: ImageEncoding, previews: int, trace_id: str = ""
     ) -> AsyncIterator[StepProgress | WorkerReply]:
         yield StepProgress(1, 1, 1, 2)
         yield await self._draw(request, encoding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from serve_app.settings import (
 )
 from zimage_engine.loading.lora_weight import LoraWeight
 from zimage_engine.memory.residency import MemoryWishes
+from zimage_engine.types import EMBEDDING_CACHE_BYTES
 
 
 @pytest.fixture(autouse=True)
@@ -212,6 +214,37 @@ def test_the_allocator_is_told_what_a_person_has_set_or_to_expand(
     assert allocator_environment() == given
 
 
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("32MiB", 32 * 2**20),
+        ("1000", 1000),
+        ("0", 0),
+        (" ", EMBEDDING_CACHE_BYTES),
+        (None, EMBEDDING_CACHE_BYTES),
+    ],
+)
+def test_the_room_for_prompts_is_a_size_or_nothing(
+    text: str | None, size_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is not None:
+        monkeypatch.setenv("ZIMAGE_EMBEDDING_CACHE", text)
+    assert load_settings().embedding_cache == size_bytes
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("much", "setting embedding_cache must be a size such as 12GiB.*got 'much'; 0 keeps no prompts"),
+        ("0MiB", "setting embedding_cache must be more than nothing.*; 0 keeps no prompts"),
+        (-1, "setting embedding_cache: input should be greater than or equal to 0, got -1"),
+    ],
+)
+def test_a_room_for_prompts_that_is_none_is_refused(wrong: Any, sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        load_settings(embedding_cache=wrong)
+
+
 def test_wishes_about_memory_are_read_from_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().memory == MemoryWishes()
     monkeypatch.setenv("ZIMAGE_VRAM", "12GiB")
@@ -221,3 +254,14 @@ def test_wishes_about_memory_are_read_from_words(monkeypatch: pytest.MonkeyPatch
         load_settings(vram="much")
     with pytest.raises(SettingsError, match="offload"):
         load_settings(offload="gpu")
+
+
+def test_matrices_are_stored_in_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZIMAGE_QUANTIZE", " ")
+    assert load_settings().memory.quantize is None
+    monkeypatch.setenv("ZIMAGE_QUANTIZE", "int8")
+    assert load_settings().memory == MemoryWishes(quantize="int8")
+    with pytest.raises(SettingsError, match="choose one of them"):
+        load_settings(float8=True)
+    with pytest.raises(SettingsError, match="'int8' or 'fp8', got 'int4'"):
+        load_settings(quantize="int4")

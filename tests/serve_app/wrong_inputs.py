@@ -90,8 +90,12 @@ OF_THE_BODY = (
     # OpenAI's fields that cannot be honoured
     fields("transparent", "background", "no transparency", background="transparent"),
     fields("style", "style", "into the prompt", style="vivid"),
-    fields("stream", "stream", "must be false", stream=True),
-    fields("partial images", "partial_images", "must be 0", partial_images=2),
+    fields("stream text", "stream", "true or false, got 'yes'", stream="yes"),
+    fields("a stream of two", "n", "must be 1 with stream true, got 2", stream=True, n=2),
+    fields("four previews", "partial_images", "at most 3, got 4", stream=True, partial_images=4),
+    fields("previews below", "partial_images", "at least 0, got -1", stream=True, partial_images=-1),
+    fields("previews text", "partial_images", "whole number, got '2'", stream=True, partial_images="2"),
+    fields("previews of no stream", "partial_images", "needs stream true", partial_images=2),
     fields("moderation", "moderation", "'auto' or 'low'", moderation="off"),
     fields("user a number", "user", "must be text", user=1),
     # the model, and fields that are not there

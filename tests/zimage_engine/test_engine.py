@@ -25,6 +25,7 @@ from zimage_engine.errors import (
     InvalidSize,
     OutOfMemory,
 )
+from zimage_engine.memory.oom import MemoryKeeper
 from zimage_engine.memory.residency import MemoryWishes
 
 ASKED = GenerationRequest(prompt="a red circle", seed=11, num_inference_steps=4, enhance=False)
@@ -65,6 +66,28 @@ def test_the_described_tokenizer_counts_as_the_models_own(engine: Engine) -> Non
 
 def test_the_status_is_that_of_the_device(engine: Engine) -> None:
     assert engine.device_status().device == "cpu"
+    assert engine.device_status().plan is None, "there is nothing to plan"
+
+
+def test_the_status_of_a_card_tells_the_plan_in_force(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.place()
+    monkeypatch.setattr(MemoryKeeper, "has_own_memory", True)
+    status = engine.device_status()
+    assert status.plan == "all resident"
+    assert status.plan_because == engine.memory_report().plan.because  # type: ignore[union-attr]
+
+
+def test_offload_alone_is_said_without_other_wishes(tiny_model: Path) -> None:
+    engine = Engine.load(tiny_model, device="cpu", offload="none")
+    plan = engine.memory_report().plan
+    assert plan is not None and plan.residency.value == "none"
+    assert Engine.load(tiny_model, device="cpu", offload="auto").memory_report().plan == plan
+    with pytest.raises(InvalidRequest, match="offload must be one of"):
+        Engine.load(tiny_model, device="cpu", offload="gpu")
+    with pytest.raises(InvalidRequest, match="shares the host"):
+        Engine.load(tiny_model, device="cpu", memory=MemoryWishes(float8=True), offload="stream")
 
 
 @pytest.mark.parametrize(("guidance_scale", "stock_guidance"), [(1.8, 0.8), (1.0, 0.0), (0.0, 0.0)])
@@ -341,7 +364,8 @@ def test_a_picture_that_only_looks_wrong_is_kept_where_float32_fails(tiny_model:
 
 
 @pytest.mark.parametrize("place", ["text_encoder", "transformer", "vae.decoder"])
-def test_an_out_of_memory_is_met_and_told_and_leaves_nothing_behind(engine: Engine, place: str) -> None:
+def test_an_out_of_memory_is_met_and_told_and_leaves_nothing_behind(tiny_model: Path, place: str) -> None:
+    engine = Engine.load(tiny_model, device="cpu", embedding_cache_bytes=0)  # so that each request encodes
     expected = engine.generate(ASKED)
     module = operator.attrgetter(place)(engine.pipeline)
     left = 1

@@ -86,6 +86,8 @@ class ModelFamily:
     `patch_size` is how many of the picture processor's units a side must be a multiple of.
     `residual` is the range of the denoiser's output, `embedding_limit` and `decoded_limit` the magnitudes
     beyond which the text encoder's answer and the decoded picture (which is -1 to 1) are faults.
+    `quantised_layers` is a pattern that the whole path of a linear layer of the denoiser matches if its
+    weight may be quantised; it never matches embedders, modulation, projections in and out, norms.
     `encode_rungs`, `denoise_rungs` and `decode_rungs` name what is tried after a fault there, in this order
     (`zimage_engine.sampling.recovery`).
     """
@@ -109,6 +111,7 @@ class ModelFamily:
     components: Mapping[str, ComponentRow]
     scheduler_defaults: Mapping[str, Any]
     published_id: str
+    quantised_layers: str
     has_chat_template: bool = False
     text_encoders: tuple[tuple[str, str], ...] = (("tokenizer", "text_encoder"),)
     patch_size: int = 1

@@ -134,6 +134,8 @@ PIXART_ALPHA_512 = ModelFamily(
         "algorithm_type": "dpmsolver++",
     },
     published_id="PixArt-alpha/PixArt-XL-2-512x512",
+    # Attention and feed-forward, not the one modulation that all blocks share.
+    quantised_layers=r"transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))",
     patch_size=2,
 )
 

@@ -145,6 +145,8 @@ SDXL = ModelFamily(
         "timestep_spacing": "leading",
     },
     published_id="stabilityai/stable-diffusion-xl-base-1.0",
+    # Attention and feed-forward. Convolutions are no linear layers; projections around a block stay.
+    quantised_layers=r".+\.transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))",
     text_encoders=(("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),
 )
 

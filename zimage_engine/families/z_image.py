@@ -131,6 +131,10 @@ Z_IMAGE_TURBO = ModelFamily(
     # Distilled at shift 3.0: without it every step lands on the wrong noise level.
     scheduler_defaults={**_SCHEDULER, "shift": 3.0},
     published_id="Tongyi-MAI/Z-Image-Turbo",
+    # Attention and feed-forward, nearly all of the weights. Modulation, embedders and the final layer act on
+    # every token at once and are small.
+    quantised_layers=r"(layers|noise_refiner|context_refiner)\.\d+"
+    r"\.(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])",
     has_chat_template=True,
 )
 

@@ -4,11 +4,16 @@ What PyTorch can do, and cannot. Its allocator takes segments from the driver an
 segment with no block in use can be given back (`empty_cache`); one with a single small block in use cannot,
 and no block is ever moved: there is no compaction. With `expandable_segments:True`, which must be in
 `PYTORCH_ALLOC_CONF` before CUDA starts, a segment grows and shrinks by pages, so most of the waste does not
-come about. Sizes that repeat find blocks that fit, which is what `bucket` is for. What remains is the deep
-form: every weight leaves for the host, the then empty pool is given back whole, and the weights return into
-fresh ones. It costs a trip over the bus both ways, so it comes last, and between requests alone: within a
-step tensors are in use that nobody here knows. cudaMallocAsync keeps no such figures: the ratio is 0 there
-and nothing is ever decided.
+come about. What remains is the deep form: every weight leaves for the host, the then empty pool is given back
+whole, and the weights return into fresh ones. It costs a trip over the bus both ways, so it comes last, and
+between requests alone: within a step tensors are in use that nobody here knows. cudaMallocAsync keeps no such
+figures: the ratio is 0 there and nothing is ever decided.
+
+Sizes are not rounded into buckets here. A picture has the size that was asked for, and its tensors are the
+pipeline's own: there is no buffer of ours from one picture to the next to round up. Expandable segments are
+PyTorch's answer to sizes that change (notes on CUDA semantics, "Optimizing memory usage"): blocks of any size
+are laid into one segment, which grows where none that is free is large enough. Without them who must can have
+the allocator itself round, by `roundup_power2_divisions` in the same variable.
 """
 
 from __future__ import annotations
@@ -113,18 +118,6 @@ def release_cache(device: str) -> None:
         torch.cuda.empty_cache()
     elif device.startswith("mps"):
         torch.mps.empty_cache()
-
-
-def bucket(size_bytes: int, per_doubling: int = 8) -> int:
-    """`size_bytes` rounded up to one of `per_doubling` steps between powers of two.
-
-    Buffers that are kept from one picture to the next and made in these sizes fit each other: 1024x1024 and
-    1024x1008 share one. At most 1 / `per_doubling` is wasted.
-    """
-    if size_bytes <= per_doubling:
-        return max(size_bytes, 0)
-    step = 2 ** ((size_bytes - 1).bit_length() - 1) // per_doubling or 1
-    return -(-size_bytes // step) * step
 
 
 def _mib(size_bytes: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from zimage_engine.checkpoint.features import CheckpointFeatures, ComponentFeatures
@@ -17,7 +17,7 @@ from zimage_engine.checkpoint.schemas import expected_tensors, has_schema, optio
 from zimage_engine.errors import CheckpointDamaged
 from zimage_engine.families import ModelFamily, family_named
 from zimage_engine.memory.published import PUBLISHED_CONFIGS
-from zimage_engine.memory.residency import ComponentFootprint, Footprint
+from zimage_engine.memory.residency import QUANTISATIONS, ComponentFootprint, Footprint
 
 Shape = tuple[int, ...]
 
@@ -45,7 +45,11 @@ _KEPT_FROM_FLOAT8 = re.compile(r"pos_embed|patch_embed|norm|^proj_in$|^proj_out$
 
 
 def footprint_of(
-    features: CheckpointFeatures, family: ModelFamily, *, float8_storage: bool = False
+    features: CheckpointFeatures,
+    family: ModelFamily,
+    *,
+    float8_storage: bool = False,
+    quantize: str | None = None,
 ) -> Footprint:
     """The weights of the checkpoint that `features` measured.
 
@@ -55,11 +59,18 @@ def footprint_of(
     shapes = {name: _shapes_in(features, features.components.get(name), name) for name in _weighted(family)}
     configs = {name: features.components[name].config for name in shapes if name in features.components}
     return footprint_from_shapes(
-        family, shapes, configs, f"the headers of {features.path}", float8_storage=float8_storage
+        family,
+        shapes,
+        configs,
+        f"the headers of {features.path}",
+        float8_storage=float8_storage,
+        quantize=quantize,
     )
 
 
-def published_footprint(family: ModelFamily | str, *, float8_storage: bool = False) -> Footprint:
+def published_footprint(
+    family: ModelFamily | str, *, float8_storage: bool = False, quantize: str | None = None
+) -> Footprint:
     """The weights of the model that the family's maker published. Raises UnknownFamily."""
     row = family_named(family) if isinstance(family, str) else family
     shapes = {
@@ -68,10 +79,14 @@ def published_footprint(family: ModelFamily | str, *, float8_storage: bool = Fal
     }
     configs = {name: config for name, (_, config) in PUBLISHED_CONFIGS[row.name].items()}
     source = f"the published config.json of {row.published_id}"
-    return footprint_from_shapes(row, shapes, configs, source, float8_storage=float8_storage)
+    return footprint_from_shapes(
+        row, shapes, configs, source, float8_storage=float8_storage, quantize=quantize
+    )
 
 
-def footprint_of_pipeline(pipeline: Any, family: ModelFamily, *, float8_storage: bool = False) -> Footprint:
+def footprint_of_pipeline(
+    pipeline: Any, family: ModelFamily, *, float8_storage: bool = False, quantize: str | None = None
+) -> Footprint:
     """The weights of a loaded diffusers pipeline, before any plan is in force on it."""
     modules = {name: getattr(pipeline, name) for name in _weighted(family)}
     shapes = {
@@ -86,7 +101,9 @@ def footprint_of_pipeline(pipeline: Any, family: ModelFamily, *, float8_storage:
         name: module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
         for name, module in modules.items()
     }
-    return footprint_from_shapes(family, shapes, configs, "the loaded weights", float8_storage=float8_storage)
+    return footprint_from_shapes(
+        family, shapes, configs, "the loaded weights", float8_storage=float8_storage, quantize=quantize
+    )
 
 
 def footprint_from_shapes(
@@ -96,16 +113,25 @@ def footprint_from_shapes(
     source: str,
     *,
     float8_storage: bool = False,
+    quantize: str | None = None,
 ) -> Footprint:
     """The footprint of components whose tensors have these names and shapes.
 
     With `float8_storage` the denoiser's matrices and convolutions take one byte a value, but for those that
-    diffusers' layerwise casting leaves alone. `configs` may lack components: the published ones stand in.
+    diffusers' layerwise casting leaves alone. With `quantize` those that the family names take one byte a
+    value and what goes with each row. `configs` may lack components: the published ones stand in.
     """
     published = {name: config for name, (_, config) in PUBLISHED_CONFIGS[family.name].items()}
     value_bytes = _BYTES[family.dtype]
+    stored = {
+        family.denoiser: _quantised(family, value_bytes, quantize)
+        if quantize is not None
+        else _in_float8(value_bytes)
+        if float8_storage
+        else _plain(value_bytes)
+    }
     components = {
-        name: _component(name, tensors, value_bytes, float8_storage and name == family.denoiser)
+        name: _component(name, tensors, value_bytes, stored.get(name, _plain(value_bytes)))
         for name, tensors in shapes.items()
     }
     return Footprint(
@@ -116,6 +142,7 @@ def footprint_from_shapes(
         vae="vae",
         source=source,
         float8_storage=float8_storage,
+        quantize=quantize,
         configs={name: configs.get(name) or published[name] for name in components},
         value_bytes=value_bytes,
     )
@@ -152,18 +179,47 @@ def _without_doubles(class_name: str, config: Mapping[str, object]) -> dict[str,
     }
 
 
+#: What a tensor takes as it is stored, by name and shape, and whether it is quantised.
+Stored = Callable[[str, Shape], tuple[int, bool]]
+
+
+def _plain(value_bytes: int) -> Stored:
+    return lambda _, shape: (math.prod(shape) * value_bytes, False)
+
+
+def _in_float8(value_bytes: int) -> Stored:
+    def stored(tensor: str, shape: Shape) -> tuple[int, bool]:
+        small = len(shape) > 1 and not _KEPT_FROM_FLOAT8.search(tensor.rpartition(".")[0])
+        return math.prod(shape) * (1 if small else value_bytes), False
+
+    return stored
+
+
+def _quantised(family: ModelFamily, value_bytes: int, quantize: str) -> Stored:
+    row, named = QUANTISATIONS[quantize], re.compile(family.quantised_layers)
+
+    def stored(tensor: str, shape: Shape) -> tuple[int, bool]:
+        module, _, kind = tensor.rpartition(".")
+        if kind == "weight" and named.fullmatch(module):
+            return math.prod(shape) + shape[0] * row.row_bytes, True
+        return math.prod(shape) * value_bytes, False
+
+    return stored
+
+
 def _component(
-    name: str, tensors: Mapping[str, Shape], value_bytes: int, is_float8: bool
+    name: str, tensors: Mapping[str, Shape], value_bytes: int, stored: Stored
 ) -> ComponentFootprint:
     blocks: dict[str, int] = defaultdict(int)
     modules: dict[str, int] = defaultdict(int)
-    other_bytes = 0
+    other_bytes = largest_quantised_bytes = 0
     for tensor, shape in tensors.items():
         module = tensor.rpartition(".")[0]
-        values = math.prod(shape)
-        modules[module] += values * value_bytes
-        small = is_float8 and len(shape) > 1 and not _KEPT_FROM_FLOAT8.search(module)
-        size = values if small else values * value_bytes
+        in_use = math.prod(shape) * value_bytes
+        modules[module] += in_use
+        size, is_quantised = stored(tensor, shape)
+        if is_quantised:
+            largest_quantised_bytes = max(largest_quantised_bytes, in_use)
         block = None if name in _WHOLE else _BLOCKS.match(tensor)
         if block is None:
             other_bytes += size
@@ -176,6 +232,7 @@ def _component(
         blocks={path: blocks[path] for path in ordered},
         largest_module_bytes=max(modules.values(), default=0),
         two_largest_modules_bytes=sum(sorted(modules.values())[-2:]),
+        largest_quantised_bytes=largest_quantised_bytes,
     )
 
 

@@ -118,6 +118,7 @@ def _placement(plan: OffloadPlan) -> tuple[Any, ...]:
         plan.stream_text_encoder,
         plan.vae_tile_px,
         plan.float8_storage,
+        plan.quantize,
     )
 
 
@@ -126,6 +127,7 @@ def is_enough(current: OffloadPlan, wanted: OffloadPlan) -> bool:
     return (
         current.residency is wanted.residency
         and current.float8_storage == wanted.float8_storage
+        and current.quantize == wanted.quantize
         and current.vae_tile_px == wanted.vae_tile_px
         and current.release_text_encoder >= wanted.release_text_encoder
         and current.stream_text_encoder >= wanted.stream_text_encoder

@@ -30,7 +30,13 @@ from zimage_engine.memory.activations import (
     size_multiple,
 )
 from zimage_engine.memory.footprint import streamed_first
-from zimage_engine.memory.residency import ComponentFootprint, Footprint, OffloadPlan, Residency
+from zimage_engine.memory.residency import (
+    QUANTISATIONS,
+    ComponentFootprint,
+    Footprint,
+    OffloadPlan,
+    Residency,
+)
 
 #: Kept free of the device for what the program cannot foresee.
 RESERVE_BYTES = 512 * 2**20
@@ -103,7 +109,10 @@ def plan_offload(
     if not fitting:
         raise _does_not_fit(footprint, width_px, height_px, guided, budget, asked, ways)
     chosen = min(fitting, key=_fastest)
-    return replace(chosen.plan, because=_because(chosen, ways, budget, asked, is_host=free_bytes is None))
+    because = _because(chosen, ways, budget, asked, is_host=free_bytes is None)
+    if footprint.quantize is not None:
+        because += "; pictures differ a little from those of matrices that are not quantised"
+    return replace(chosen.plan, because=because)
 
 
 def all_options(
@@ -158,6 +167,8 @@ def title(plan: OffloadPlan) -> str:
         words = "resident, text encoder released"
     if plan.vae_tile_px is not None:
         words += f", VAE in {plan.vae_tile_px} px tiles"
+    if plan.quantize is not None:
+        words += f", matrices in {plan.quantize}"
     return words
 
 
@@ -247,6 +258,7 @@ def _way(
         release_text_encoder=stages.release,
         vae_tile_px=tile,
         float8_storage=footprint.float8_storage,
+        quantize=footprint.quantize,
         peak_bytes=math.ceil(weights_and_work * (1 + ROUNDING_SHARE)) + WORKSPACE_BYTES,
         relative_speed=resident / seconds,
         width_px=width_px,
@@ -272,6 +284,9 @@ def _stages(footprint: Footprint, costs: _Costs, speed: DeviceSpeed, *, is_host:
     text_in_pieces = max((_streamed_peak(text) for text in texts), default=0)
     # Float8 weights are made bfloat16 layer by layer as they are used.
     widened = 2 * denoiser.largest_module_bytes if footprint.float8_storage else 0
+    if footprint.quantize is not None:
+        copies = QUANTISATIONS[footprint.quantize].working_copies
+        widened = copies * denoiser.largest_quantised_bytes
     bus = speed.bus_bytes_per_second
     all_bytes = footprint.bytes
     yield _Stages(
@@ -346,6 +361,8 @@ def _stages(footprint: Footprint, costs: _Costs, speed: DeviceSpeed, *, is_host:
         (6, Residency.SEQUENTIAL, bus, all_bytes),
         (7, Residency.DISK, min(bus, speed.disk_bytes_per_second), 0),
     ):
+        if footprint.quantize is not None and residency is Residency.SEQUENTIAL:
+            continue  # MemoryWishes says why
         fetches = speed.fetch_seconds * _LAYERS_A_BLOCK
         yield _Stages(
             kind,
@@ -454,7 +471,8 @@ def _costs(
     rate = asked.speed.flops_per_second
     tokens = family.caption_tokens(configs[footprint.denoiser])
     values = sum(footprint.components[name].bytes for name in footprint.text_encoders) / footprint.value_bytes
-    stored_bytes = 1 if footprint.float8_storage else footprint.value_bytes
+    is_small = footprint.float8_storage or footprint.quantize is not None
+    stored_bytes = 1 if is_small else footprint.value_bytes
     denoiser_values = footprint.components[footprint.denoiser].bytes / stored_bytes
     return _Costs(
         encode=2 * values * tokens * (1 + guided) / rate,

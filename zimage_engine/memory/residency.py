@@ -36,22 +36,68 @@ class Residency(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Quantisation:
+    """What a way of quantising weights takes. Sizes are those of torchao 0.18, which keeps a scale a row.
+
+    `row_bytes` goes with each row of a matrix beside a byte a value. While a layer computes,
+    `working_copies` of its matrix are there in the dtype of the computing.
+    """
+
+    word: str
+    row_bytes: int
+    working_copies: int
+    because: str
+
+
+#: What `--quantize` takes.
+QUANTISATIONS: Mapping[str, Quantisation] = {
+    row.word: row
+    for row in (
+        Quantisation("int8", 4 + 1, 1, "a float32 scale and an int8 zero point; the matrix is widened once"),
+        Quantisation(
+            "fp8", 4, 5, "a float32 scale; widened to float32, scaled there, and narrowed: 2 + 2 + 1 copies"
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryWishes:
     """What a person has decided about the device's memory.
 
     `offload` is "none", "model", "stream", "sequential" or "disk", None: whatever is fastest and fits.
     `vram_bytes` is the most that may be used, None: what there is. `float8` keeps the denoiser's matrices in
-    half the room. Raises InvalidRequest for another word.
+    half the room by casting alone; `quantize`, "int8" or "fp8", does it with a scale for each row, and
+    leaves sensitive layers as they are. Raises InvalidRequest for another word, and for what excludes
+    something else.
     """
 
     offload: str | None = None
     vram_bytes: int | None = None
     float8: bool = False
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         ways = [way.value for way in Residency]
         if self.offload is not None and self.offload not in ways:
             raise InvalidRequest(f"offload must be one of {', '.join(ways)}, got {self.offload!r}", "offload")
+        if self.quantize is None:
+            return
+        if self.quantize not in QUANTISATIONS:
+            words = ", ".join(QUANTISATIONS)
+            raise InvalidRequest(f"quantize must be one of {words}, got {self.quantize!r}", "quantize")
+        if self.float8:
+            raise InvalidRequest(
+                "float8 and quantize are two ways of storing the same matrices in one byte a value; "
+                "choose one of them",
+                "quantize",
+            )
+        if self.offload == Residency.SEQUENTIAL.value:
+            raise InvalidRequest(
+                "offload sequential moves layers by diffusers' own hooks, under which quantised weights are "
+                "not known to stay as they are; choose none, model, stream or disk, or leave out quantize",
+                "offload",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +112,8 @@ class OffloadPlan:
 
     `stream_text_encoder`: its layers are fetched one ahead of their turn while the prompts are encoded,
     instead of the whole at once. `streamed_blocks` are the paths of the denoiser's blocks that are fetched,
-    in the order in which they are called. `host_bytes` is what lies in the host's memory instead.
+    in the order in which they are called. `host_bytes` is what lies in the host's memory instead. `quantize`
+    is the way in which the denoiser's matrices are quantised.
     """
 
     residency: Residency
@@ -84,6 +131,7 @@ class OffloadPlan:
     stream_text_encoder: bool = False
     streamed_blocks: tuple[str, ...] = ()
     host_bytes: int = 0
+    quantize: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +141,8 @@ class ComponentFootprint:
     `blocks` are the repeated blocks that can be fetched one by one, by module path in the order in which
     they are called; `other_bytes` is the rest of the component. `largest_module_bytes` is the most that one
     layer (a matrix, an embedding) has of its own, in the dtype that it works in, and
-    `two_largest_modules_bytes` that of the two largest.
+    `two_largest_modules_bytes` that of the two largest. `largest_quantised_bytes` is that of the largest
+    matrix that is stored quantised, 0: none is.
     """
 
     name: str
@@ -101,6 +150,7 @@ class ComponentFootprint:
     blocks: Mapping[str, int] = field(default_factory=dict)
     largest_module_bytes: int = 0
     two_largest_modules_bytes: int = 0
+    largest_quantised_bytes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -112,7 +162,8 @@ class Footprint:
     """What a checkpoint's weights take, from its headers or from a published model's shapes.
 
     `denoiser`, `text_encoders` and `vae` name components; `source` says where the figures come from.
-    `float8_storage`: the denoiser's figures are those of matrices kept in float8. `configs` are the
+    `float8_storage`: the denoiser's figures are those of matrices kept in float8; `quantize`: those of
+    matrices quantised in that way. `configs` are the
     components' settings, from which activations are predicted; `value_bytes` is what a value takes in the
     dtype that is computed in.
     """
@@ -124,6 +175,7 @@ class Footprint:
     vae: str
     source: str
     float8_storage: bool = False
+    quantize: str | None = None
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     value_bytes: int = 2
 

@@ -18,6 +18,7 @@ from zimage_engine.memory.footprint import footprint_of_pipeline
 from zimage_engine.memory.oom import MemoryKeeper, Stage
 from zimage_engine.memory.options import PlannedOptions
 from zimage_engine.memory.planner import PlanOptions
+from zimage_engine.memory.quantize import check_quantisation
 from zimage_engine.memory.residency import MemoryWishes, Residency
 from zimage_engine.types import MemoryUse
 
@@ -29,12 +30,16 @@ Made = TypeVar("Made")
 def keeper_for(pipeline: Any, family: ModelFamily, device: str, wishes: MemoryWishes) -> MemoryKeeper:
     """The keeper of a pipeline that is on the host, planning as `wishes` say.
 
-    Raises InvalidRequest for wishes that mean nothing on a device without memory of its own.
+    Raises InvalidRequest for wishes that mean nothing on a device without memory of its own, and for a
+    quantisation that cannot be done here.
     """
+    check_quantisation(wishes.quantize, device)
     shares_host_memory = torch.device(device).type != "cuda"
     if shares_host_memory:
         _refuse_in_vain(wishes, device)
-    footprint = footprint_of_pipeline(pipeline, family, float8_storage=wishes.float8)
+    footprint = footprint_of_pipeline(
+        pipeline, family, float8_storage=wishes.float8, quantize=wishes.quantize
+    )
     asked = PlanOptions(
         offload=None if wishes.offload is None else Residency(wishes.offload),
         vram_limit_bytes=wishes.vram_bytes,
@@ -94,4 +99,6 @@ class Room:
         plan = self._keeper.plan
         assert plan is not None
         peak_bytes = plan.peak_bytes if self._keeper.has_own_memory else None
-        return MemoryUse(plan.residency.value, plan.because, peak_bytes, tuple(self._recoveries))
+        return MemoryUse(
+            plan.residency.value, plan.because, peak_bytes, tuple(self._recoveries), plan.quantize
+        )

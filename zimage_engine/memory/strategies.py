@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from platformdirs import user_cache_path
 
+from zimage_engine.memory.quantize import QuantisedLayers
 from zimage_engine.memory.residency import Footprint, OffloadPlan, Residency
 from zimage_engine.memory.streaming import StreamedModule, move, removed_on_error, tensors_of
 
@@ -87,8 +88,8 @@ def apply(
 ) -> AppliedOffload:
     """Put the weights of `pipeline`, wherever they are, as `plan` says; pictures stay what they are.
 
-    (Float8 storage and tiles change pictures, which is the plan's to decide.) Where this fails, out of
-    memory included, everything is as before. One plan at a time: remove it before the next.
+    (Float8 storage, quantised matrices and tiles change pictures, which is the plan's to decide.) Where this
+    fails, out of memory included, everything is as before. One plan at a time: remove it before the next.
     """
     target = Target(
         pipeline,
@@ -101,6 +102,9 @@ def apply(
         applied._parts.append(_ExecutionDevice(pipeline, target.device))
         if plan.float8_storage:
             applied._parts.append(_Float8(target.modules[footprint.denoiser]))
+        if plan.quantize is not None:
+            denoiser = target.modules[footprint.denoiser]
+            applied._parts.append(QuantisedLayers(denoiser, footprint.family, plan.quantize, target.device))
         if plan.vae_tile_px is not None:
             applied._parts.append(_Tiles(target.modules[footprint.vae], plan.vae_tile_px))
         STRATEGIES[plan.residency].put(plan, target, applied)

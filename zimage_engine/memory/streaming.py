@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 #: One is being computed with while the other is filled.
 PLACES = 2
@@ -24,12 +24,26 @@ ALIGNMENT_BYTES = 512
 
 
 def tensors_of(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
-    """Parameters and buffers of `modules`, each once though it be tied."""
+    """Parameters and buffers of `modules`, each once though it be tied.
+
+    Of a quantised weight what it consists of (values, scales): its own `data` holds none of them.
+    """
     found: dict[int, torch.Tensor] = {}
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
-            found.setdefault(id(tensor), tensor)
+            for part in _parts(tensor):
+                found.setdefault(id(part), part)
     return list(found.values())
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors that hold what `tensor` is; itself where it is one."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _parts(getattr(tensor, name))
 
 
 def move(tensors: Iterable[torch.Tensor], device: torch.device) -> None:

@@ -51,6 +51,8 @@ class StepWatch:
     passed: Callable[[int, torch.Tensor], None]
     resume_from: Checkpoint | None = None
     last_good: Checkpoint | None = None
+    #: The denoiser's output, as it was used, in the step from `last_good`.
+    used: torch.Tensor | None = field(default=None, repr=False)
     step: int = 0
     clipped_values: int = 0
     _hidden_timesteps: torch.Tensor | None = field(default=None, repr=False)
@@ -89,6 +91,7 @@ class StepWatch:
             beyond = model_output.abs() > self.residual.clip
             self.clipped_values += int(beyond.sum())
             model_output = model_output.clamp(-self.residual.clip, self.residual.clip)
+        self.used = model_output
         return model_output
 
     def stepped(self, latents: torch.Tensor) -> None:

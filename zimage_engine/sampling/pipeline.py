@@ -6,7 +6,7 @@ time of a call only: however a call ends, the next one draws what it would draw 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,12 +17,13 @@ from zimage_engine.errors import GuardExhausted
 from zimage_engine.families import ModelFamily
 from zimage_engine.sampling import float32
 from zimage_engine.sampling.decoding import GuardedDecoder
+from zimage_engine.sampling.embedding_cache import EmbeddingCache, PromptKey
 from zimage_engine.sampling.guard import StepFault, StepWatch, guarded_scheduler
 from zimage_engine.sampling.plan import SamplingPlan
-from zimage_engine.sampling.prompt_encoders import encoder_for
+from zimage_engine.sampling.prompt_encoders import Role, encoder_for
 from zimage_engine.sampling.recovery import Facts, Measures, Trip
 from zimage_engine.sampling.tripwire import finding_in
-from zimage_engine.types import GuardTrace, GuardTrip, Notice
+from zimage_engine.types import GuardTrace, GuardTrip, Notice, PromptCacheUse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,12 +34,13 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class PromptEmbeddings:
-    """Both prompts as arguments of the pipeline that encoded them."""
+    """Both prompts as arguments of the pipeline that encoded them; `cache` None: nothing is kept."""
 
     arguments: Mapping[str, Any] = field(repr=False)
     encode_seconds: float
     warnings: tuple[Notice, ...]
     trips: tuple[GuardTrip, ...] = ()
+    cache: PromptCacheUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,15 @@ class GuardedPipeline:
     """A stock pipeline with a guard at each place where a bad value can come from.
 
     The text encoder's answer, each output of the denoiser and the decoded picture are looked at; what is
-    found is recovered from by the family's rungs, or GuardExhausted is raised. Nothing of it outlives a call.
+    found is recovered from by the family's rungs, or GuardExhausted is raised. Nothing of it outlives a call,
+    but for sound embeddings where there is a cache for them: what was found bad, or made in recovering from
+    it, is not kept.
     """
 
-    def __init__(self, pipeline: Any, family: ModelFamily, clock: Clock) -> None:
+    def __init__(
+        self, pipeline: Any, family: ModelFamily, clock: Clock, cache: EmbeddingCache | None = None
+    ) -> None:
+        self._cache = cache
         self._pipeline = pipeline
         self._family = family
         self._clock = clock
@@ -88,36 +95,61 @@ class GuardedPipeline:
         """
         started = self._clock()
         self.stage = "encode"
+        guided = plan.guidance_scale > 1.0
+        texts = self._encoder.texts(self._pipeline, plan.prompt, plan.negative_prompt, guided)
         try:
             with torch.no_grad():
-                arguments, trips = self._encoded(plan, max_tokens)
+                arguments, trips, use = self._encoded(plan, max_tokens, texts)
         finally:
             self._pipeline.maybe_free_model_hooks()
         encode_seconds = self._clock() - started
-        read = {"prompt": plan.prompt}
-        if self._encoder.uses_negative_prompt(self._pipeline, plan.guidance_scale > 1.0):
-            read["negative_prompt"] = plan.negative_prompt
         return PromptEmbeddings(
             arguments=arguments,
             encode_seconds=encode_seconds,
             trips=trips,
+            cache=use,
             warnings=tuple(
                 Notice(
                     f"{parameter}_truncated",
                     f"{parameter} takes {count} tokens and this model reads {max_tokens}: "
                     f"the last {count - max_tokens} were left out; shorten it",
                 )
-                for parameter, text in read.items()
+                for parameter, text in texts.items()
                 if (count := self._encoder.count_tokens(self._pipeline, text)) > max_tokens
             ),
         )
 
     def _encoded(
-        self, plan: SamplingPlan, max_tokens: int
-    ) -> tuple[Mapping[str, Any], tuple[GuardTrip, ...]]:
-        text_encoders = [getattr(self._pipeline, name) for _, name in self._family.text_encoders]
+        self, plan: SamplingPlan, max_tokens: int, texts: Mapping[Role, str]
+    ) -> tuple[Mapping[str, Any], tuple[GuardTrip, ...], PromptCacheUse | None]:
+        """The prompts from the cache where they are there, and what is sound of the others goes into it.
 
-        def encode(measures: Measures) -> dict[str, Any]:
+        Recovering from a bad value reads both prompts again: the picture is that of a guard without a cache.
+        """
+        if self._cache is None:
+            return (*self._read(plan, max_tokens, {}), None)
+        encoder = _form_of(self._text_encoders)
+        keys = {role: PromptKey(text, role, max_tokens, encoder) for role, text in texts.items()}
+        hits = {role: states for role, key in keys.items() if (states := self._cache.find(key)) is not None}
+        known = {name: value for states in hits.values() for name, value in states.items()}
+        arguments, trips = self._read(plan, max_tokens, known)
+        if not trips:
+            for role, key in keys.items():
+                if role not in hits:
+                    self._cache.put(key, {name: arguments[name] for name in self._encoder.names[role]})
+        return arguments, trips, PromptCacheUse(len(hits), len(keys) - len(hits))
+
+    @property
+    def _text_encoders(self) -> list[torch.nn.Module]:
+        return [getattr(self._pipeline, name) for _, name in self._family.text_encoders]
+
+    def _read(
+        self, plan: SamplingPlan, max_tokens: int, known: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], tuple[GuardTrip, ...]]:
+        """What the text encoder makes of the prompts that are not `known`, judged together with those."""
+        text_encoders = self._text_encoders
+
+        def encode(measures: Measures, known: Mapping[str, Any]) -> dict[str, Any]:
             with ExitStack() as stack:
                 for text_encoder in text_encoders:
                     if (context := context_of(measures)) is not None:
@@ -128,10 +160,11 @@ class GuardedPipeline:
                     plan.negative_prompt,
                     plan.guidance_scale > 1.0,
                     max_tokens,
+                    known,
                 )
 
         limit = self._family.embedding_limit
-        arguments = encode(Measures())
+        arguments = encode(Measures(), known)
         found = finding_in(arguments, limit)
         if found is None:
             return arguments, ()
@@ -143,7 +176,7 @@ class GuardedPipeline:
         while found is not None:
             measures = trip.next_measures(facts, found)
             try:
-                arguments = encode(measures)
+                arguments = encode(measures, {})
             except RuntimeError as error:
                 found = _could_not(error)
             else:
@@ -337,6 +370,21 @@ def context_of(measures: Measures) -> Callable[[torch.nn.Module], Any] | None:
     if measures.float32:
         return float32.wide
     return float32.plain_attention if measures.plain_attention else None
+
+
+def _form_of(text_encoders: Sequence[torch.nn.Module]) -> Hashable:
+    """What tells weights as they were loaded from the same ones quantised or stored in another dtype."""
+    return tuple(
+        (
+            frozenset(type(module).__qualname__ for module in text_encoder.modules()),
+            frozenset(
+                (type(tensor).__qualname__, str(tensor.dtype))
+                for tensors in (text_encoder.parameters(), text_encoder.buffers())
+                for tensor in tensors
+            ),
+        )
+        for text_encoder in text_encoders
+    )
 
 
 def _could_not(error: RuntimeError) -> str:

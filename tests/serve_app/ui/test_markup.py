@@ -10,7 +10,14 @@ import pytest
 from serve_app.image_codec import ImageEncoding
 from serve_app.ui import markup
 from tests.serve_app.ui.painting_service import CARD, MODEL, PaintingService
-from zimage_engine.types import DeviceStatus, GenerationReport, GenerationRequest, Notice, StepProgress
+from zimage_engine.types import (
+    DeviceStatus,
+    GenerationReport,
+    GenerationRequest,
+    LoraUse,
+    Notice,
+    StepProgress,
+)
 
 HOSTILE = """</p><img src=x onerror="alert('1')"> ${alert(2)} {{3}}"""
 
@@ -38,6 +45,10 @@ def test_the_badge_reads_as_promised(steps: int, guidance: float, dtype: str, ba
         (CARD, "GPU: CUDA OK | VRAM: 5.2/12.0 GB"),
         (DeviceStatus("cuda", "card", 8 * 2**30, 0), "GPU: CUDA OK | VRAM: 0.0/8.0 GB"),
         (DeviceStatus("cuda:1", "card", None, None), "GPU: CUDA OK"),
+        (
+            replace(CARD, plan="stream: 21 of 30 blocks resident", plan_because="needs 10.75 GiB"),
+            "GPU: CUDA OK | VRAM: 5.2/12.0 GB | stream: 21 of 30 blocks resident",
+        ),
         (DeviceStatus("mps", "Apple M3", None, None), "MPS"),
         (DeviceStatus("cpu", "a processor", None, None), "CPU"),
         (DeviceStatus("cpu", "a processor", 2**34, 2**30), "CPU"),
@@ -45,7 +56,9 @@ def test_the_badge_reads_as_promised(steps: int, guidance: float, dtype: str, ba
 )
 def test_the_status_line_reads_as_promised(status: DeviceStatus, line: str) -> None:
     assert markup.status_text(status) == line
-    assert f">{line}</span>" in markup.status_line(status, MODEL.id)
+    shown = markup.status_line(status, MODEL.id)
+    assert f">{line}</span>" in shown
+    assert (status.plan_because or "") in shown
 
 
 async def test_the_badge_tells_the_defaults_before_and_the_truth_after() -> None:
@@ -75,6 +88,14 @@ def test_the_bar_shows_how_far_it_is(step: int, steps: int, text: str, percent: 
 async def test_facts_tell_seed_size_and_seconds() -> None:
     facts = markup.facts(replace(await report_of(), seconds=2.34), "en")
     assert re.findall(r"<dd[^>]*>(.*?)</dd>", facts) == ["5", "256 × 256", "2.3 s"]
+
+
+async def test_facts_tell_the_loras_in_force() -> None:
+    loras = (LoraUse("<ink>.safetensors", 0.8, 12), LoraUse("rain.safetensors", 1.0, 3))
+    facts = markup.facts(replace(await report_of(), loras=loras), "zh")
+    assert re.findall(r"<dd class=\"used_loras\">(.*?)</dd>", facts) == [
+        "&lt;ink&gt;.safetensors × 0.8, rain.safetensors × 1"
+    ]
 
 
 async def test_the_enhancement_lists_what_was_added_and_the_whole_prompts() -> None:
@@ -111,7 +132,7 @@ async def test_nothing_that_people_wrote_is_markup_or_template() -> None:
         markup.enhancement(report, "en"),
         markup.refusal_box([HOSTILE], True, "en"),
         markup.notices_box([Notice("x", HOSTILE)], "en"),
-        markup.status_line(replace(CARD, name=HOSTILE), HOSTILE),
+        markup.status_line(replace(CARD, name=HOSTILE, plan=HOSTILE, plan_because=HOSTILE), HOSTILE),
     ]
     for piece in pieces:
         assert "<img" not in piece

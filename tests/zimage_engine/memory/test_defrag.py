@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from zimage_engine.memory.defrag import Decision, Thresholds, bucket, decide, defragment
+from zimage_engine.memory.defrag import Decision, Thresholds, decide, defragment
 from zimage_engine.memory.snapshot import MemorySnapshot
 
 GIB = 2**30
@@ -72,14 +72,3 @@ def test_emptying_the_cache_leaves_the_weights_where_they_are() -> None:
 
     report = defragment(Decision("empty_cache", "asked for"), "cpu", lambda: None, never, never)
     assert report.released_bytes is None
-
-
-@pytest.mark.parametrize("size", [*range(0, 300), 1000, 4097, 2**30 + 1, 3 * 2**30 - 5])
-def test_a_bucket_holds_its_size_and_wastes_an_eighth_at_most(size: int) -> None:
-    assert size <= bucket(size) <= size * 9 / 8 + 1
-    assert bucket(bucket(size)) == bucket(size)
-
-
-def test_sizes_that_are_alike_share_a_bucket() -> None:
-    sides = range(1009, 1025)
-    assert len({bucket(1024 * side * 32) for side in sides}) == 1

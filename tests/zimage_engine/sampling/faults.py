@@ -54,8 +54,8 @@ ALWAYS = 10_000
 TIMES = {"once": 1, "twice": 2, "thrice": 3, "always": ALWAYS}
 
 
-#: Puts the engine's weights where they lie, with a folder for what goes to the disk; returns what to call when
-#: the prompts are encoded.
+#: Puts the engine's weights where they lie, with a folder for what goes to the disk; returns what to call
+#: when the prompts are encoded.
 Offload = Callable[[Engine, Path], Callable[[], None]]
 
 

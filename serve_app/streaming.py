@@ -1,0 +1,301 @@
+"""One picture as a stream of server-sent events, as OpenAI's clients read them.
+
+Before the first byte a failure is a plain HTTP answer; after it, an `error` event with the same body. What
+those events do not know (how far the drawing is) goes into comments, which every reader skips.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from serve_app.error_mapping import answer_for
+from serve_app.image_codec import ImageEncoding
+from serve_app.openai_schema import ErrorResponse, ImageGenerationRequest, Picture, to_response
+from serve_app.service import ImageService
+from serve_app.worker_reply import Preview, WorkerReply
+from zimage_engine.errors import GenerationCancelled
+from zimage_engine.types import GenerationRequest, StepProgress
+
+#: How long a failure may still be answered as plain HTTP. Later the stream is open, so that nobody between
+#: client and server takes a long wait for a dead connection.
+OPEN_AFTER_SECONDS = 5.0
+#: Between two signs of life on a stream that has nothing to tell.
+BEAT_SECONDS = 10.0
+#: A picture of the usage: one token stands for this many pixels a side.
+TOKEN_SIDE_PX = 16
+
+#: Takes the bytes of one event or comment.
+Tell = Callable[[bytes], None]
+
+
+class InputTokens(BaseModel):
+    """What the input tokens consist of."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """OpenAI's account: tokens of the prompts that were read, and one for each 16x16 pixels drawn."""
+
+    input_tokens: int
+    input_tokens_details: InputTokens
+    output_tokens: int
+    total_tokens: int
+
+
+class PartialImageEvent(BaseModel):
+    """A preview: the picture that the drawing pointed to after a step. `size` is that of the preview."""
+
+    type: Literal["image_generation.partial_image"]
+    partial_image_index: int
+    b64_json: str
+    created_at: int
+    size: str
+    quality: str
+    background: Literal["opaque"]
+    output_format: str
+
+
+class CompletedEvent(Picture):
+    """The finished picture: OpenAI's fields, then those of a picture in a plain answer."""
+
+    type: Literal["image_generation.completed"]
+    created_at: int
+    size: str
+    quality: str
+    background: Literal["opaque"]
+    output_format: str
+    model: str
+    usage: Usage
+
+
+class ErrorEvent(ErrorResponse):
+    """The end of a stream whose picture could not be drawn."""
+
+    type: Literal["error"]
+
+
+def event(payload: dict[str, Any]) -> bytes:
+    """One server-sent event, named by the payload's type."""
+    return f"event: {payload['type']}\ndata: {json.dumps(payload)}\n\n".encode()
+
+
+def comment(text: str) -> bytes:
+    """A line that clients skip."""
+    return f": {text}\n\n".encode()
+
+
+class EventStream(Response):
+    """An answer whose bytes come from a drawing, which ends when the client goes away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, draw: Callable[[Tell], Coroutine[Any, Any, bytes]]) -> None:
+        """`draw` tells what goes out meanwhile and returns what goes out last; cancelling it stops it."""
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._draw = draw
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        told: asyncio.Queue[bytes | None] = asyncio.Queue()
+        drawing = asyncio.create_task(self._draw(told.put_nowait))
+        drawing.add_done_callback(lambda _: told.put_nowait(None))
+        sending = asyncio.create_task(self._send(drawing, told, scope, receive, send))
+        gone = asyncio.create_task(_client_gone(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        except OSError:  # the connection broke while something was sent
+            pass
+        finally:
+            for task in (gone, sending, drawing):
+                task.cancel()
+            await asyncio.wait({gone, sending, drawing})
+            _failure(drawing)  # seen: of a failure that nobody waits for there is nobody to tell
+
+    async def _send(
+        self,
+        drawing: asyncio.Task[bytes],
+        told: asyncio.Queue[bytes | None],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        chunk = await _next(told, OPEN_AFTER_SECONDS)
+        if chunk is None and (error := _failure(drawing)) is not None:
+            answer = answer_for(error)
+            plain = JSONResponse(answer.body(), status_code=answer.status, headers=dict(answer.headers))
+            await plain(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        while chunk is not None:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            chunk = await _next(told, BEAT_SECONDS)
+        error = _failure(drawing)
+        last = drawing.result() if error is None else event({"type": "error"} | answer_for(error).body())
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def _next(told: asyncio.Queue[bytes | None], seconds: float) -> bytes | None:
+    try:
+        return await asyncio.wait_for(told.get(), seconds)
+    except TimeoutError:
+        return comment("waiting")
+
+
+def _failure(drawing: asyncio.Task[bytes]) -> BaseException | None:
+    if drawing.cancelled():
+        return GenerationCancelled("the drawing was cancelled before it was done")
+    return drawing.exception()
+
+
+async def _client_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def picture_stream(
+    service: ImageService, wire: ImageGenerationRequest, asked: GenerationRequest, encoding: ImageEncoding
+) -> EventStream:
+    """The answer to a request with `stream` true."""
+
+    async def draw(tell: Tell) -> bytes:
+        teller = _Teller(wire, encoding, tell)
+        previews = wire.partial_images or 0
+        reply = await service.generate(asked, encoding, teller.stepped, teller.previewed, previews)
+        return event(_completed(wire, encoding, reply, service.count_tokens))
+
+    return EventStream(draw)
+
+
+class _Teller:
+    """Tells a drawing's steps and previews as they come; of a step drawn again there is no second preview."""
+
+    def __init__(self, wire: ImageGenerationRequest, encoding: ImageEncoding, tell: Tell) -> None:
+        self._wire = wire
+        self._encoding = encoding
+        self._tell = tell
+        self._first_step_at = 0.0
+        self._previews = 0
+        self._previewed_step = 0
+
+    def stepped(self, progress: StepProgress) -> None:
+        now = time.monotonic()
+        said = f"step {progress.step}/{progress.steps}"
+        if progress.step == 1:
+            self._first_step_at = now
+        else:
+            seconds = (now - self._first_step_at) / (progress.step - 1) * (progress.steps - progress.step)
+            said += f", {seconds:.1f} seconds left"
+        self._tell(comment(said))
+
+    def previewed(self, preview: Preview) -> None:
+        if preview.progress.step <= self._previewed_step:
+            return
+        self._previewed_step = preview.progress.step
+        payload = {
+            "type": "image_generation.partial_image",
+            "partial_image_index": self._previews,
+            "b64_json": base64.b64encode(preview.file).decode("ascii"),
+            "created_at": int(time.time()),
+            "size": f"{preview.width}x{preview.height}",
+            "quality": self._wire.quality or "auto",
+            "background": "opaque",
+            "output_format": self._encoding.format,
+        }
+        self._previews += 1
+        self._tell(event(payload))
+
+
+def _completed(
+    wire: ImageGenerationRequest,
+    encoding: ImageEncoding,
+    reply: WorkerReply,
+    count_tokens: Callable[[str], int],
+) -> dict[str, Any]:
+    report = reply.report
+    answer = to_response(wire, encoding, reply.pictures, report)
+    (picture,) = answer.pop("data")
+    read = [report.prompt, *([report.negative_prompt] if report.guidance_scale > 1 else [])]
+    text_tokens = sum(count_tokens(text) for text in read)
+    drawn_tokens = -(-report.width // TOKEN_SIDE_PX) * -(-report.height // TOKEN_SIDE_PX)
+    return {
+        "type": "image_generation.completed",
+        "created_at": answer.pop("created"),
+        **answer,
+        **picture,
+        "usage": {
+            "input_tokens": text_tokens,
+            "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": 0},
+            "output_tokens": drawn_tokens,
+            "total_tokens": text_tokens + drawn_tokens,
+        },
+    }
+
+
+def events_in_docs() -> dict[str, Any]:
+    """What /openapi.json says of the stream: each event's data, and how a stream looks."""
+    common = {"size": "256x256", "quality": "auto", "background": "opaque", "output_format": "png"}
+    partial = {
+        "type": "image_generation.partial_image",
+        "partial_image_index": 0,
+        "b64_json": "iVBORw0KGgo...",
+        "created_at": 1790000000,
+        **common,
+    }
+    completed = {
+        "type": "image_generation.completed",
+        "b64_json": "iVBORw0KGgo...",
+        "created_at": 1790000000,
+        **common,
+        "model": "z-image-demo",
+        "revised_prompt": "a red circle",
+        "seed": 7,
+        "steps": 8,
+        "guidance": 1.8,
+        "seconds": 1.25,
+        "refined": False,
+        "warnings": [],
+        "loras": [],
+        "usage": {
+            "input_tokens": 3,
+            "input_tokens_details": {"text_tokens": 3, "image_tokens": 0},
+            "output_tokens": 256,
+            "total_tokens": 259,
+        },
+    }
+    said = (comment("step 2/8, 0.9 seconds left"), event(partial), event(completed))
+    rows = ((PartialImageEvent, partial), (CompletedEvent, completed), (ErrorEvent, None))
+    return {
+        "schema": {"anyOf": [_schema(model, example) for model, example in rows]},
+        "example": b"".join(said).decode(),
+    }
+
+
+def _schema(model: type[BaseModel], example: dict[str, Any] | None) -> dict[str, Any]:
+    """The model's schema with all that it refers to in its place."""
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, list):
+            return [whole(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        if "$ref" in value:
+            return whole(parts[value["$ref"].rpartition("/")[2]])
+        return {name: whole(each) for name, each in value.items()}
+
+    described: dict[str, Any] = whole(schema)
+    return described if example is None else described | {"examples": [example]}
