@@ -4,10 +4,17 @@ VENV ?= .venv
 PORT ?= 7860
 BIN := $(VENV)/bin
 
-.PHONY: serve test check format image image-test manifests clean
+.PHONY: serve up test check format image image-test manifests manifests-test clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/zimage-turbo launch --port $(PORT)
+
+# The server with Prometheus beside it, and Grafana where it is installed; ARGS="-- --model MODEL" and the like.
+PROMETHEUS_PORT ?= 9090
+GRAFANA_PORT ?= 3000
+up: $(VENV)/.installed
+	@exec $(BIN)/python docker/up.py --port $(PORT) --prometheus-port $(PROMETHEUS_PORT) \
+		--grafana-port $(GRAFANA_PORT) $(ARGS)
 
 test: $(VENV)/.installed-test check
 	$(BIN)/python -m pytest
@@ -42,6 +49,12 @@ image-test:
 
 manifests:
 	cp monitoring/kubernetes/podmonitor.yaml monitoring/kubernetes/prometheusrule.yaml k8s/monitoring/
+
+# The manifests against the definitions of custom objects in a folder; your cluster's own come there by
+#   kubectl get crd rayservices.ray.io podmonitors.monitoring.coreos.com prometheusrules.monitoring.coreos.com \
+#       -o yaml > FOLDER/crds.yaml
+manifests-test: $(VENV)/.installed-test
+	$(if $(CRDS),CRD_FOLDER=$(abspath $(CRDS))) $(BIN)/python -m pytest tests/deploy/test_manifests.py tests/deploy/test_rules.py
 
 # The stamps are made again only when what is to be installed has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt

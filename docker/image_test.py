@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import base64
 import configparser
+import importlib.metadata
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -19,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -35,7 +38,27 @@ READY_SECONDS = 300.0
 STOP_SECONDS = 60.0
 #: A CPU image of this size says that CUDA, tests or caches came in.
 LARGEST_BYTES = 3 * 10**9
-UNWANTED_COMMANDS = ("gcc", "cc", "g++", "make", "ld", "pip", "pip3", "cargo", "git")
+UNWANTED_COMMANDS = (
+    "gcc",
+    "cc",
+    "g++",
+    "make",
+    "ld",
+    "as",
+    "pip",
+    "pip3",
+    "uv",
+    "cargo",
+    "rustc",
+    "go",
+    "git",
+)
+#: How files of weights end, whatever made them.
+WEIGHTS = ("safetensors", "ckpt", "gguf", "onnx", "pth.tar")
+#: No file of the program itself or of a package's Python side is larger, but weights are.
+LARGEST_DATA_BYTES = 50 * 10**6
+#: What the build is told for the labels.
+REVISION, SOURCE_URL = "0" * 40, "https://example.org/zimage-turbo"
 
 
 class ImageTestFailed(Exception):
@@ -85,7 +108,8 @@ def run_image_test(buildah: Buildah, base: str) -> None:
     try:
         config = json.loads(buildah("inspect", "--type", "image", IMAGE))["Docker"]["config"]
         check_files(root)
-        check_labels(config)
+        check_parts_list(root)
+        check_config(config, base)
         with told("start, picture, stop"):
             check_running(root, config)
         tell_size(root)
@@ -164,6 +188,8 @@ def build(buildah: Buildah, base: str) -> None:
             "--build-arg",
             "TORCH_CPU_INDEX=",
         ),
+        *("--build-arg", f"VERSION={project_version()}", "--build-arg", f"REVISION={REVISION}"),
+        *("--build-arg", f"SOURCE_URL={SOURCE_URL}"),
         *("--secret", f"id=pip_conf,src={config}", *certificates, *folders),
         *("--tag", IMAGE, str(ROOT)),
     )
@@ -196,38 +222,97 @@ def pip_at_home() -> PipAtHome:
 
 
 def check_files(root: Path) -> None:
-    """No build tools, no weights but the demo model's, and a list of what is inside."""
+    """No build tools, no package lists, and no weights but the demo model's."""
     places = [
         root / folder for folder in ("usr/bin", "usr/local/bin", "opt/venv/bin", "opt/zimage-turbo/bin")
     ]
-    found = [command for command in UNWANTED_COMMANDS if any((place / command).exists() for place in places)]
-    if found:
-        raise ImageTestFailed(f"build tools must stay in the build stages, found {', '.join(found)}")
+    tools = [command for command in UNWANTED_COMMANDS if any((place / command).exists() for place in places)]
+    tools += [str(found.relative_to(root)) for found in root.glob("opt/venv/lib/python3.*/site-packages/pip")]
+    tools += [str(found.relative_to(root)) for found in root.glob("usr/lib/python3*/*-packages/pip")]
+    if tools:
+        raise ImageTestFailed(f"build tools must stay in the build stages, found {', '.join(tools)}")
+    left = [str(file) for file in root.glob("var/lib/apt/lists/*_Packages*")]
+    if left:
+        raise ImageTestFailed(f"apt's lists belong in no image, found {', '.join(left)}")
     demo = root / "opt/zimage-turbo/zimage_engine/demo/model"
-    weights = [file for kind in ("safetensors", "ckpt", "gguf") for file in root.glob(f"opt/**/*.{kind}")]
+    weights = [file for kind in WEIGHTS for file in root.glob(f"opt/**/*.{kind}")]
     strange = [file for file in weights if demo not in file.parents]
     if strange or not weights:
         raise ImageTestFailed(f"only the demo model's weights belong inside, found {strange or 'none'}")
-    parts = json.loads((root / "usr/share/sbom/zimage-turbo.cdx.json").read_text(encoding="utf-8"))[
-        "components"
+    large = [
+        file
+        for file in root.glob("opt/**/*")
+        if file.is_file() and not file.is_symlink() and file.stat().st_size > LARGEST_DATA_BYTES
     ]
-    names = {part["name"] for part in parts}
-    if not {"torch", "diffusers", "ray"} <= names:
-        raise ImageTestFailed(f"the list of parts must name torch, diffusers and ray, got {sorted(names)}")
-    say(
-        f"  {len(parts)} Python packages in the list of parts; "
-        f"{len(weights)} weight files, all the demo model's"
-    )
+    strange = [file for file in large if ".so" not in file.suffixes]
+    if strange:
+        raise ImageTestFailed(f"only libraries are that large, found {', '.join(map(str, strange))}")
+    if any((root / "var/cache/zimage-turbo").iterdir()):
+        raise ImageTestFailed("the cache volume must be empty in the image")
+    say(f"  {len(weights)} weight files, all the demo model's; no build tools")
 
 
-def check_labels(config: dict[str, Any]) -> None:
-    labels = config["Labels"]
-    expected = {"title": "zimage-turbo", "licenses": "Apache-2.0", "version": "0.1.0-cpu"}
-    for name, value in expected.items():
-        if labels.get(f"org.opencontainers.image.{name}") != value:
-            raise ImageTestFailed(f"label {name} must be {value}, got {labels}")
-    if "Healthcheck" not in config:
-        raise ImageTestFailed("the image has no health check")
+def check_parts_list(root: Path) -> None:
+    """The SBOM names every Python package that is installed, in its version, and no other."""
+    found = json.loads((root / "usr/share/sbom/zimage-turbo.cdx.json").read_text(encoding="utf-8"))
+    if found.get("bomFormat") != "CycloneDX":
+        raise ImageTestFailed(f"the list of parts must be CycloneDX, got {found.get('bomFormat')}")
+    places = [*root.glob("opt/venv/lib/python3.*/site-packages"), root / "opt/zimage-turbo"]
+    installed = {
+        normal_name(each.metadata["Name"]): each.version
+        for each in importlib.metadata.distributions(path=[str(place) for place in places])
+    }
+    listed = {
+        normal_name(part["name"]): part["version"]
+        for part in (*found["components"], found["metadata"]["component"])
+    }
+    if listed != installed or "torch" not in installed:
+        different = sorted(set(listed.items()) ^ set(installed.items()))
+        raise ImageTestFailed(f"the list of parts is not what is installed: {different}")
+    say(f"  {len(listed)} Python packages, each in the list of parts")
+
+
+def normal_name(package: str) -> str:
+    """One spelling for a package's name (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def check_config(config: dict[str, Any], base: str) -> None:
+    """What the image declares: labels, an init, a health check, a user that is a number and not root."""
+    labels = {
+        name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()
+    }
+    expected = {
+        "title": "zimage-turbo",
+        "licenses": "Apache-2.0",
+        "version": f"{project_version()}-cpu",
+        "revision": REVISION,
+        "source": SOURCE_URL,
+        "base.name": base,
+    }
+    wrong = {name: labels.get(name) for name, value in expected.items() if labels.get(name) != value}
+    if wrong or not labels.get("description"):
+        raise ImageTestFailed(f"labels must be {expected} and a description, got {labels}")
+    user, _, group = config["User"].partition(":")
+    if not (user.isdigit() and group.isdigit() and int(user) and int(group)):
+        raise ImageTestFailed(f"the user must be two numbers and not root's, got {config['User']}")
+    if config["Entrypoint"] != ["tini", "--"]:
+        raise ImageTestFailed(f"the first process must be tini, got {config['Entrypoint']}")
+    if (
+        set(config["Volumes"]) != {"/var/cache/zimage-turbo", "/tmp"}
+        or "8000/tcp" not in config["ExposedPorts"]
+    ):
+        raise ImageTestFailed(f"two volumes and port 8000, got {config['Volumes']} {config['ExposedPorts']}")
+    if config.get("Healthcheck", {}).get("Test", [""])[0] != "CMD":
+        raise ImageTestFailed(f"a health check that needs no shell, got {config.get('Healthcheck')}")
+    secret = [line.partition("=")[0] for line in config["Env"] if re.search("KEY|TOKEN|PASSWORD", line)]
+    if secret:
+        raise ImageTestFailed(f"no secret belongs into an image's environment, found {', '.join(secret)}")
+
+
+def project_version() -> str:
+    version: str = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    return version
 
 
 def check_running(root: Path, config: dict[str, Any]) -> None:
@@ -325,10 +410,14 @@ def wait_until_ready(base_url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def check_confined(init: int, user: str) -> None:
-    """The first process is not root, has no capabilities, and its root takes no files, not even from root."""
+    """The first process is tini, without capabilities; its root takes no files, not even from root."""
     status = dict(
         line.split(":\t", 1) for line in Path(f"/proc/{init}/status").read_text(encoding="ascii").splitlines()
     )
+    if status["Name"] != "tini":
+        raise ImageTestFailed(
+            f"the first process must be tini, which passes signals on, got {status['Name']}"
+        )
     if status["Uid"].split()[0] != user.partition(":")[0] or status["Uid"].split()[0] == "0":
         raise ImageTestFailed(f"it must run as user {user}, got {status['Uid']}")
     if int(status["CapEff"], 16) or int(status["CapBnd"], 16) or status["NoNewPrivs"] != "1":
@@ -354,8 +443,6 @@ def inside(init: int, config: dict[str, Any], environment: dict[str, str], test:
         f"--setuid={owner}",
         f"--setgid={group}",
     ]
-    if test[0] != "CMD":
-        raise ImageTestFailed(f"the health check must need no shell, got {test}")
     run(*enter, "env", "-i", *variables, *test[1:])
 
 

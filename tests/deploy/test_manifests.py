@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import yaml
 
 from serve_app.app import GRACEFUL_SHUTDOWN_SECONDS
 from serve_app.settings import Settings
+from tests.deploy.definitions import definition
 from tests.deploy.manifests import (
     EXAMPLES,
     KUSTOMIZATIONS,
@@ -30,26 +28,14 @@ from tests.deploy.manifests import (
     ray_cluster,
     ray_service,
     serve_config,
-    usable_kubectl,
 )
 
 KUBERNETES_VERSION = "1.32"
-#: The makers' own definitions, too large to keep here; put them there to have the custom objects checked.
-CRD_FOLDER = ROOT.parent / "shared" / "schemas"
 CUSTOM_KINDS = ("RayService", "PodMonitor", "PrometheusRule", "HTTPRoute")
 #: What the "restricted" standard lets a pod mount.
 RESTRICTED_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "projected", "secret"} | {
     "persistentVolumeClaim"
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kubectl() -> None:
-    if usable_kubectl() is None:
-        message = "no kubectl from 1.21 on: apt-get install kubectl or kubernetes-client"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
 
 
 def all_manifests() -> list[Any]:
@@ -59,20 +45,8 @@ def all_manifests() -> list[Any]:
 
 def schema_of(kind: str, version: str) -> Manifest:
     """The definition of a custom object with unknown fields refused, as `kubectl apply` refuses them."""
-    if not CRD_FOLDER.is_dir():
-        pytest.skip(f"the definitions of custom objects are not at {CRD_FOLDER}")
-    schema: Manifest = _strict(_definitions()[kind, version])
+    schema: Manifest = _strict(definition(kind, version))
     return schema
-
-
-@cache
-def _definitions() -> dict[tuple[str, str], Manifest]:
-    return {
-        (crd["spec"]["names"]["kind"], each["name"]): each["schema"]["openAPIV3Schema"]
-        for file in CRD_FOLDER.glob("*.yaml")
-        for crd in yaml.load_all(file.read_text(encoding="utf-8"), yaml.CSafeLoader)
-        for each in crd["spec"]["versions"]
-    }
 
 
 def _strict(schema: Any) -> Any:
@@ -126,26 +100,6 @@ def test_a_misspelt_field_would_be_refused() -> None:
         "serveConfigV3" in error.message
         for error in jsonschema.Draft202012Validator(schema).iter_errors(spoilt)
     )
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_rules_of_the_definition_concern_changes_alone(overlay: str) -> None:
-    """A rule (CEL) that could refuse a first `apply` would have to be evaluated; our fields have none."""
-    schema = schema_of("RayService", "v1")
-    for path, rules in _rules(schema, ray_service(overlay)):
-        assert all("oldSelf" in rule["rule"] for rule in rules), path
-
-
-def _rules(schema: Manifest, value: Any, path: str = "") -> Iterator[tuple[str, list[Manifest]]]:
-    if "x-kubernetes-validations" in schema:
-        yield path, schema["x-kubernetes-validations"]
-    if isinstance(value, dict):
-        for name, child in value.items():
-            if name in schema.get("properties", {}):
-                yield from _rules(schema["properties"][name], child, f"{path}.{name}")
-    if isinstance(value, list) and "items" in schema:
-        for index, child in enumerate(value):
-            yield from _rules(schema["items"], child, f"{path}[{index}]")
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

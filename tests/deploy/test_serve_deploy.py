@@ -25,13 +25,13 @@ import pytest
 import yaml
 
 from serve_app.haproxy import free_ports
-from tests.deploy.manifests import OVERLAYS, ray_cluster, serve_config, usable_kubectl
+from tests.deploy.manifests import NO_KUSTOMIZER, OVERLAYS, kustomizer, ray_cluster, serve_config
 from tests.running_server import START_SECONDS
 from tests.serve_app.test_ways_to_start import COMMANDS, running
 
 pytestmark = [
     pytest.mark.server,
-    pytest.mark.skipif(usable_kubectl() is None, reason="no kubectl from 1.21 on to build the manifests"),
+    pytest.mark.skipif(kustomizer() is None, reason=NO_KUSTOMIZER),
 ]
 
 API_KEY = "of-the-test"
