@@ -97,9 +97,9 @@ def _panel(panel: Panel) -> Any:
     if panel.highest is not None:
         built.max(panel.highest)
     for letter, query in zip("ABCDEF", panel.queries, strict=False):
-        target = (
-            prometheus.Dataquery().expr(query.expression).legend_format(query.legend).ref_id(letter).range()
-        )
+        target = prometheus.Dataquery().expr(query.expression).legend_format(query.legend).ref_id(letter)
+        # A figure is what is true now: over time, the last one would still stand there when nothing answers.
+        target = target.instant() if panel.is_figure else target.range()
         if panel.has_exemplars:
             target.exemplar(True)
         built.with_target(target.datasource(DATA_SOURCE))

@@ -18,7 +18,7 @@ GIVEN_UP = 'outcome="guard_exhausted"'
 RECOVERED = 'outcome="recovered"'
 REFUSED = 'outcome="queue_full"'
 FOUND = 'outcome="hit"'
-REFUSED_OR_LEFT = 'outcome=~"queue_full|cancelled"'
+REFUSED_OR_LEFT = 'outcome=~"queue_full|rate_limit_exceeded|cancelled"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class Panel:
     """One picture on a dashboard. `is_figure`: a single large figure instead of a line over time.
 
     `levels` colour a figure; `is_stacked` fills lines on top of one another; `needs_gpu`: a CPU has none of
-    it, and the panel is empty there. `has_exemplars`: single requests are shown as dots, with their ids.
+    it, and the panel is empty or at zero there. `has_exemplars`: single requests are shown as dots, with
+    their ids.
     """
 
     title: str
@@ -91,7 +92,7 @@ GOOD, WARN, BAD = "green", "orange", "red"
 LOW_IS_GOOD = (Level(0, GOOD), Level(0.05, WARN), Level(0.2, BAD))
 
 WORKERS = (
-    Query(f"sum({metric('zimage_worker_up')}) or vector(0)", "up"),
+    Query(f"sum({metric('application:zimage_workers_up:sum')})", "up"),
     Query(f"max({metric('zimage_workers_wanted')})", "wanted"),
 )
 
@@ -125,8 +126,8 @@ SERVICE = Dashboard(
         Panel(
             "Failing on our side",
             "percentunit",
-            "The share of the last five minutes' requests that ended in an error that is not the caller's. "
-            "Refusals and cancelled requests are left out of it.",
+            "The share of the last five minutes' requests that ended in an error of ours, of these and those "
+            "that were served. Refused, cancelled and wrong requests are not counted at all.",
             (Query(f"max({metric('application:zimage_requests_failed:ratio_rate5m')})", "failing"),),
             is_figure=True,
             levels=LOW_IS_GOOD,
@@ -242,6 +243,7 @@ MEMORY = Dashboard(
             "Out-of-memory errors in the last hour; most are recovered from by leaner means.",
             (Query(f"round(sum(increase({metric('zimage_oom_total')}[1h])))", "an hour"),),
             is_figure=True,
+            needs_gpu=True,
             levels=(Level(0, GOOD), Level(1, WARN)),
         ),
         Panel(
@@ -282,7 +284,7 @@ MEMORY = Dashboard(
             "Device memory by kind",
             "bytes",
             "used: by anyone. reserved: by our worker; allocated: in use of that; peak: the most so far. The "
-            "fullest worker of each.",
+            "fullest worker of each; free: the emptiest one's.",
             (Query(f"max by (kind) ({metric('zimage_vram_bytes')})", "{{kind}}"),),
             needs_gpu=True,
         ),
@@ -307,12 +309,14 @@ MEMORY = Dashboard(
             "short",
             "empty_cache gives unused memory back; deep moves the weights out and in again. In an hour.",
             (Query(f"3600 * sum by (kind) ({rate('zimage_defrag_total')})", "{{kind}}"),),
+            needs_gpu=True,
         ),
         Panel(
             "Time spent defragmenting",
             "percentunit",
             "The share of the workers' time; above a percent the thresholds are too eager.",
             (Query(f"sum({rate('zimage_defrag_seconds_total')})", "share"),),
+            needs_gpu=True,
         ),
         Panel(
             "Out of memory by stage",
@@ -320,11 +324,12 @@ MEMORY = Dashboard(
             "At which stage, and what was done: memory freed, a leaner plan, or refused. In an hour.",
             (
                 Query(
-                    f"3600 * sum by (stage, outcome) ({rate('zimage_oom_total')}) > 0 or "
-                    f"3600 * sum({rate('zimage_oom_total')})",
+                    f"3600 * sum by (stage, outcome) ({rate('zimage_oom_total')}) > 0 or on () "
+                    f"label_replace(3600 * sum({rate('zimage_oom_total')}), 'stage', 'none', '', '')",
                     "{{stage}} {{outcome}}",
                 ),
             ),
+            needs_gpu=True,
         ),
         Panel(
             "Offload mode",
@@ -501,7 +506,8 @@ CAPACITY = Dashboard(
         Panel(
             "Refused and cancelled",
             "reqps",
-            "queue_full is refused with 429; cancelled are callers who did not wait.",
+            "queue_full is refused with 429, rate_limit_exceeded too where one caller had its part; "
+            "cancelled are callers who did not wait.",
             (
                 Query(
                     "sum by (outcome) (" + rate("zimage_requests_total", REFUSED_OR_LEFT) + ")",

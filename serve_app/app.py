@@ -6,6 +6,8 @@ imported inside the functions, because what it reads from the environment must b
 
 # No postponed annotations here: Serve reads the class behind `settings: Settings` to check arguments.
 
+import asyncio
+import contextlib
 import sys
 import threading
 from collections.abc import Callable
@@ -31,6 +33,8 @@ INGRESS_ONGOING_REQUESTS = 1000
 #: A rolling update waits for the longest picture before it ends a worker.
 GRACEFUL_SHUTDOWN_SECONDS = 300.0
 HEALTH_CHECK_SECONDS = 10.0
+#: How long a collector of traces may hold up the end of `launch`.
+TRACES_SECONDS = 3.0
 
 
 def build(settings: Settings) -> "Application":
@@ -47,7 +51,8 @@ def build(settings: Settings) -> "Application":
         name="ImageWorker",
         num_replicas=settings.num_replicas,
         max_ongoing_requests=WORKER_ONGOING_REQUESTS,
-        max_queued_requests=settings.max_queued_requests,
+        # The ingress' own queue is the bounded one, and hands over no more than the workers have room for.
+        max_queued_requests=-1,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_SECONDS,
         health_check_period_s=HEALTH_CHECK_SECONDS,
         ray_actor_options={
@@ -60,6 +65,8 @@ def build(settings: Settings) -> "Application":
         PromptEnhancerIngress,
         name="PromptEnhancer",
         max_ongoing_requests=INGRESS_ONGOING_REQUESTS,
+        # Who waits in its queue when it is to end is still served.
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_SECONDS,
         ray_actor_options={"num_cpus": 0},
     )
     return ingress.bind(worker.bind(settings), settings)
@@ -80,9 +87,31 @@ def launch(settings: Settings) -> None:
         with LocalCluster(settings) as cluster:
             cluster.run(build, settings)
             _say(f"zimage-turbo is ready: {settings.url}")
-            threading.Event().wait()
+            try:
+                threading.Event().wait()
+            finally:
+                _send_traces(settings)
     except KeyboardInterrupt:
         _say("zimage-turbo has stopped")
+
+
+def _send_traces(settings: Settings) -> None:
+    """Ray ends the ingresses at once, and with them the traces that they have not sent yet: send them before.
+
+    A collector that is away holds up the end for TRACES_SECONDS.
+    """
+    if settings.otlp_endpoint is None:
+        return
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    async def asked() -> None:
+        # Before HAProxy a handle works in the event loop that it was made in, and nowhere else.
+        sent = serve.get_app_handle(APP_NAME).broadcast("send_traces")
+        await sent.results_async(timeout_s=TRACES_SECONDS, return_exceptions=True)
+
+    with contextlib.suppress(TimeoutError, RayServeException):
+        asyncio.run(asked())
 
 
 def gpus_for_a_worker(settings: Settings, gpus_in_reach: Callable[[], int]) -> float:
@@ -111,17 +140,29 @@ def _with_absolute_paths(settings: Settings) -> Settings:
         for name in MODEL_PATHS
         if (named := getattr(settings, name)) is not None and (path := Path(named).expanduser()).exists()
     }
+    if settings.api_keys_file is not None:
+        absolute["api_keys_file"] = settings.api_keys_file.expanduser().resolve()
     absolute["loras"] = tuple(replace(lora, path=lora.path.resolve()) for lora in settings.loras)
     return settings.model_copy(update=absolute)
 
 
 def _check_files(settings: Settings) -> None:
-    """Raise CheckpointError for files that no worker could load; what a hub has is left to the worker."""
+    """Raise CheckpointError for files that no worker could load; what a hub has is left to the worker.
+
+    Raises InvalidRequest for a file of keys that cannot be used.
+    """
+    from serve_app.keys import KeyFileWrong, read_keys
     from zimage_engine import ModelLoaderAdapter
+    from zimage_engine.errors import InvalidRequest
     from zimage_engine.families import family_named
     from zimage_engine.loading.locate import locate
     from zimage_engine.loading.lora_layouts import check_loras
 
+    if settings.api_keys_file is not None:
+        try:
+            read_keys(settings.api_keys_file)
+        except KeyFileWrong as wrong:
+            raise InvalidRequest(str(wrong), "api_keys_file") from wrong
     if settings.family is not None:
         family_named(settings.family)
     named = {name: path for name in MODEL_PATHS if (path := getattr(settings, name)) is not None}

@@ -20,6 +20,7 @@ import typer
 
 from serve_app.cli_cache import cache_app
 from serve_app.cli_inspect import inspect
+from serve_app.cli_keys import keys_app
 from serve_app.cli_names import with_launch_options, with_option_names
 from serve_app.cli_plan import plan
 from serve_app.terminal import DownloadBar, StepBar, say
@@ -60,6 +61,7 @@ app = typer.Typer(
 app.command()(inspect)
 app.command()(plan)
 app.add_typer(cache_app, name="cache")
+app.add_typer(keys_app, name="keys")
 
 ModelOption = Annotated[
     str | None,
@@ -241,8 +243,8 @@ def launch(
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Address to listen on; for others than this machine an API key is needed, in the"
-            " environment as ZIMAGE_API_KEY (default: 127.0.0.1).",
+            help="Address to listen on; for others than this machine a key is needed, in the environment as"
+            " ZIMAGE_API_KEY or from `zimage-turbo keys` (default: 127.0.0.1).",
             show_default=False,
         ),
     ] = None,

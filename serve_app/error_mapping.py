@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from starlette.requests import ClientDisconnect
 
+from serve_app.queueing import CallerLimited, QueueFull
 from zimage_engine.errors import (
     DeadlineExceeded,
     DeviceUnavailable,
@@ -73,6 +74,8 @@ class WorkerLost(Exception):
 class ErrorRow:
     """How failures of one class are answered; `message` None means the exception's own sentence.
 
+    `headers` of the exception itself go out too.
+
     A failure that is the server's own (500) names an incident of its log instead, unless its sentence is
     `for_the_caller`.
     """
@@ -126,6 +129,8 @@ ROWS: dict[type[BaseException], ErrorRow] = {
         "Too many requests are waiting for a worker already; send this one again in a few seconds.",
         {"Retry-After": "5"},
     ),
+    QueueFull: ErrorRow(429, "rate_limit_error", "queue_full"),
+    CallerLimited: ErrorRow(429, "rate_limit_error", "rate_limit_exceeded"),
     ClientDisconnect: ErrorRow(
         499, INVALID, "client_closed_request", "The connection was closed before the body had arrived."
     ),
@@ -186,7 +191,8 @@ def answer_for(error: BaseException) -> ErrorAnswer:
         message = f"{message} (incident {incident})" if row.for_the_caller else reason
     parameter: str = getattr(error, "parameter", None) or ""
     wire_name = WIRE_NAME.get(parameter, parameter) or None
-    return ErrorAnswer(row.status, row.type, row.code, message, wire_name, row.headers)
+    headers = {**row.headers, **getattr(error, "headers", {})}
+    return ErrorAnswer(row.status, row.type, row.code, message, wire_name, headers)
 
 
 def is_the_servers(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: header stripping, the key, the size limit.
+"""What every request passes before a route sees it: where it comes from, the key, the size, the record of it.
 
 Plain ASGI middleware, because the page streams its events and a buffering wrapper would hold them
 back. Each gate does one thing; `add_gates` gives their order.
@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import secrets
+import logging
+import time
 
 from fastapi import FastAPI
-from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.error_mapping import INVALID, ErrorAnswer
+from serve_app.keys import ADMIN, DRAW, READ, SCOPES, KeyRing, caller
+from serve_app.origins import SAFE_METHODS, Sites, sites_of
 from serve_app.routes.status import OPEN_PATHS
 from serve_app.settings import Settings
 from serve_app.tracing import Tracing
@@ -31,14 +35,51 @@ TRACED = frozenset({("POST", "/v1/images/generations")})
 DRAINED_BYTES = 32 * 2**20
 DRAIN_SECONDS = 5.0
 
+#: The paths for which a key with the scope to read is enough, and those below the ones that end in a slash.
+READ_PATHS = ("/metrics", "/docs", "/openapi.json", "/v1/models")
+READ_BELOW = ("/v1/models/",)
+ADMIN_BELOW = "/-/"
+
+#: What the page asks of Gradio; the rest of Gradio's routes, such as uploads and proxies, is not answered.
+GRADIO = "/gradio_api/"
+GRADIO_OF_THE_PAGE = (
+    "app_id",
+    "cancel",
+    "heartbeat/",
+    "info",
+    "queue/data",
+    "queue/join",
+    "queue/status",
+    "reset",
+    "startup-events",
+    "theme.css",
+)
+GRADIO_FILES = "/gradio_api/file="
+
+#: What a page elsewhere may read of an answer, beside what browsers let it read anyway.
+EXPOSED_HEADERS = (
+    "retry-after, x-engine-seconds, x-queue-position, x-queue-seconds, x-ratelimit-limit-requests, "
+    "x-ratelimit-remaining-requests, x-ratelimit-reset-requests, x-request-id"
+)
+
+audit = logging.getLogger("serve_app.audit")
+
 
 def add_gates(app: FastAPI, settings: Settings, tracing: Tracing | None = None) -> None:
-    """Put the gates before the app: the body read whole, headers, the key, the size, and the trace."""
+    """Put the gates before the app; a request passes them from the last line here to the first.
+
+    Raises KeyFileWrong where the settings name a file of keys that cannot be used.
+    """
+    api_key = None if settings.api_key is None else settings.api_key.get_secret_value()
+    keys = KeyRing(api_key, settings.api_keys_file)
     if tracing is not None:
         app.add_middleware(TracePictures, tracing=tracing)
-    app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)
-    if settings.api_key is not None:
-        app.add_middleware(KeyCheck, api_key=settings.api_key.get_secret_value())
+    app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
+    app.add_middleware(OnlyThePagesGradio)
+    app.add_middleware(KeyCheck, keys=keys, metrics_without_key=settings.metrics_without_key)
+    app.add_middleware(SiteCheck, sites=sites_of(settings, bool(keys)))
+    if bool(keys) if settings.audit_log is None else settings.audit_log:
+        app.add_middleware(Audit)
     app.add_middleware(StripServeHeaders)
     app.add_middleware(DrainBody)
 
@@ -111,34 +152,205 @@ class StripServeHeaders:
         await self._app(scope, receive, send)
 
 
-class KeyCheck:
-    """Lets through who carries the key: as a bearer token, or as the password that a browser asks for."""
+class Audit:
+    """A line in the log for each request that changes something or is refused: who, what, what came of it.
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    Who is the key's name, else the address. Neither bodies nor queries are told, so no prompt is.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._key = api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        status, began, token = 0, time.monotonic(), caller.set("")
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        finally:
+            method, seconds = scope.get("method", "WEBSOCKET"), time.monotonic() - began
+            if method not in SAFE_METHODS or status >= 400 or status == 0:
+                _write_audit(scope, method, status, seconds)
+            caller.reset(token)
+
+
+def _write_audit(scope: Scope, method: str, status: int, seconds: float) -> None:
+    address = (scope.get("client") or ("unknown",))[0]
+    path, outcome = scope["path"][:200], str(status) if status else "no answer"
+    audit.info(
+        "%s from %s: %s %s -> %s",
+        caller.get() or "no key",
+        address,
+        method,
+        path,
+        outcome,
+        extra={
+            "caller": caller.get() or None,
+            "address": address,
+            "route": f"{method} {path}",
+            "status": status or None,
+            "seconds": round(seconds, 3),
+        },
+    )
+
+
+class SiteCheck:
+    """Turns away what a foreign web page makes a browser send, and lets in pages that the settings name.
+
+    No answer lets another site read it, whatever the app behind says of CORS, unless the settings do.
+    """
+
+    def __init__(self, app: ASGIApp, sites: Sites) -> None:
+        self._app = app
+        self._sites = sites
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        given = key_in(Headers(scope=scope).get("authorization", ""))
-        if given is not None and secrets.compare_digest(given, self._key):
+        headers = Headers(scope=scope)
+        method = scope.get("method", "WEBSOCKET")
+        refusal = self._refusal(method, headers)
+        if refusal is not None:
+            await _refuse(refusal, scope, receive, send)
+            return
+        origin = headers.get("origin", "")
+        named = origin if self._sites.is_foreign(origin) else None
+        if named and method == "OPTIONS" and "access-control-request-method" in headers:
+            await Response(status_code=204, headers=_preflight(named))(scope, receive, send)
+            return
+
+        async def send_to_site(message: Message) -> None:
+            if message["type"] == "http.response.start" and origin:
+                message = {**message, "headers": list(message.get("headers", ()))}
+                _tell_site(MutableHeaders(raw=message["headers"]), named)
+            await send(message)
+
+        await self._app(scope, receive, send_to_site)
+
+    def _refusal(self, method: str, headers: Headers) -> ErrorAnswer | None:
+        hosts = headers.getlist("host")
+        if len(hosts) > 1 or not self._sites.is_host("".join(hosts)):
+            return ErrorAnswer(
+                421,
+                INVALID,
+                "unknown_host",
+                "This server does not go by the name in the header Host. Call it as 127.0.0.1 or localhost; "
+                "where a proxy gives it a name, set ZIMAGE_ALLOWED_HOSTS to that.",
+            )
+        origin = headers.get("origin")
+        if origin is None:
+            is_foreign = method not in SAFE_METHODS and headers.get("sec-fetch-site", "") in (
+                "cross-site",
+                "same-site",
+            )
+        else:
+            is_foreign = not self._sites.is_foreign(origin) and not self._sites.is_own(origin, "".join(hosts))
+        if not is_foreign:
+            return None
+        return ErrorAnswer(
+            403,
+            INVALID,
+            "cross_origin",
+            "This came from a web page of another site, which may not call this server. Set "
+            "ZIMAGE_CORS_ORIGINS to the page's origin to let it; where a proxy stands before the server, set "
+            "ZIMAGE_ALLOWED_HOSTS to the name that people use.",
+        )
+
+
+def _preflight(origin: str) -> dict[str, str]:
+    return {
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Allow-Methods": "GET, POST",
+        "Access-Control-Allow-Headers": "authorization, content-type, x-request-id",
+        "Access-Control-Max-Age": "600",
+        "Vary": "Origin",
+    }
+
+
+def _tell_site(headers: MutableHeaders, origin: str | None) -> None:
+    """Gradio lets every site read what it answers, with the browser's password; only we say who may."""
+    for name in [name for name in headers if name.startswith("access-control-")]:
+        del headers[name]
+    headers.add_vary_header("Origin")
+    if origin is not None:
+        headers["Access-Control-Allow-Origin"] = origin
+        headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
+
+
+class KeyCheck:
+    """Lets through who carries a key: as a bearer token, or as the password that a browser asks for.
+
+    A server without keys lets everybody through, but not to what changes it. `caller` has the key's name from
+    here on.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, metrics_without_key: bool = False) -> None:
+        self._app = app
+        self._keys = keys
+        self._open = {*OPEN_PATHS, *(("/metrics",) if metrics_without_key else ())}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket") or scope["path"] in self._open:
             await self._app(scope, receive, send)
             return
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
+        caller.set("")
+        needed = needed_scope(scope.get("method", "WEBSOCKET"), scope["path"])
+        if not self._keys and needed != ADMIN:
+            await self._app(scope, receive, send)
             return
-        answer = ErrorAnswer(
-            401,
-            INVALID,
-            "invalid_api_key",
-            "This server needs its key: send the header 'Authorization: Bearer KEY'; in a browser the key "
-            "is the password. "
-            + ("No key was sent." if given is None else "The key sent is not the right one."),
-            headers={"WWW-Authenticate": _challenge(scope["path"])},
+        given = key_in(Headers(scope=scope).get("authorization", ""))
+        owner = self._keys.owner_of(given) if given is not None else None
+        if owner is None:
+            await _refuse(_no_key(bool(self._keys), given is not None, scope["path"]), scope, receive, send)
+            return
+        caller.set(owner.name)
+        # For what runs outside the request's own task, such as the queue behind the page.
+        scope = {**scope, "state": {**scope.get("state", {}), "caller": owner.name}}
+        # For the page, whose drawings run outside of the request that asked for them.
+        scope.setdefault("state", {})["caller"] = owner.name
+        if needed not in owner.scopes:
+            answer = ErrorAnswer(
+                403,
+                INVALID,
+                "insufficient_scope",
+                f"The key {owner.name} may {' and '.join(sorted(owner.scopes))}; this needs the scope "
+                f"{needed}: {SCOPES[needed]}. Ask whoever runs the server for a key that has it.",
+            )
+            await _refuse(answer, scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def needed_scope(method: str, path: str) -> str:
+    """What a key must allow for this request; whatever is not told apart draws."""
+    if path.startswith(ADMIN_BELOW):
+        return READ if method in SAFE_METHODS else ADMIN
+    return READ if path in READ_PATHS or path.startswith(READ_BELOW) else DRAW
+
+
+def _no_key(there_are_keys: bool, was_given: bool, path: str) -> ErrorAnswer:
+    if not there_are_keys:
+        message = (
+            "This changes the server and needs a key, and the server has none: start it with ZIMAGE_API_KEY "
+            "or ZIMAGE_API_KEYS_FILE set."
         )
-        await _send(answer, scope, receive, send)
+    else:
+        message = (
+            "This server needs its key: send the header 'Authorization: Bearer KEY'; in a browser the key "
+            "is the password. " + ("The key sent is not the right one." if was_given else "No key was sent.")
+        )
+    return ErrorAnswer(
+        401, INVALID, "invalid_api_key", message, headers={"WWW-Authenticate": _challenge(path)}
+    )
 
 
 def _challenge(path: str) -> str:
@@ -160,12 +372,46 @@ def key_in(authorization: str) -> bytes | None:
     return None
 
 
-class BodyLimit:
-    """Answers 413 to a body above the limit, announced or not, whatever route it goes to."""
+class OnlyThePagesGradio:
+    """Answers 404 to the routes of Gradio's that the page does not use, and 415 where it sends no JSON."""
 
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(GRADIO):
+            await self._app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+        if not is_of_the_page(scope["path"]):
+            answer = ErrorAnswer(
+                404, INVALID, "unknown_url", "There is nothing here; the API is described at /docs."
+            )
+        elif scope["method"] == "POST" and announced != "application/json":
+            answer = ErrorAnswer(
+                415, INVALID, "unsupported_media_type", "Content-Type must be application/json; send JSON."
+            )
+        else:
+            await self._app(scope, receive, send)
+            return
+        await _send(answer, scope, receive, send)
+
+
+def is_of_the_page(path: str) -> bool:
+    """Whether the page asks for this one of Gradio's routes."""
+    if path.startswith(GRADIO_FILES):
+        # Gradio fetches addresses for whoever asks; files of the page are paths of its own folder.
+        return path.startswith(f"{GRADIO_FILES}/")
+    return path.removeprefix(GRADIO).startswith(GRADIO_OF_THE_PAGE)
+
+
+class BodyLimit:
+    """Answers 413 to a body above the limit, announced or not, and 408 to one that takes too long."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int, seconds: float) -> None:
         self._app = app
         self._limit_bytes = limit_bytes
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -175,10 +421,15 @@ class BodyLimit:
         if announced.isdecimal() and int(announced[:20]) > self._limit_bytes:
             await _send(self._too_large(), scope, receive, send)
             return
-        counted = _CountedBody(receive, send, self._limit_bytes)
-        await self._app(scope, counted.receive, counted.send)
+        counted = _CountedBody(receive, send, self._limit_bytes, self._seconds)
+        try:
+            await self._app(scope, counted.receive, counted.send)
+        except ClientDisconnect:
+            if not counted.exceeded:
+                raise
         if counted.exceeded and not counted.started:
-            await _send(self._too_large(), scope, receive, send)
+            answer = self._too_slow() if counted.too_slow else self._too_large()
+            await _send(answer, scope, receive, send)
 
     def _too_large(self) -> ErrorAnswer:
         return ErrorAnswer(
@@ -186,6 +437,14 @@ class BodyLimit:
             INVALID,
             "body_too_large",
             f"The body may have at most {self._limit_bytes:,} bytes; shorten the prompt.",
+        )
+
+    def _too_slow(self) -> ErrorAnswer:
+        return ErrorAnswer(
+            408,
+            INVALID,
+            "body_too_slow",
+            f"The body had not arrived within {self._seconds:g} seconds; send the request again.",
         )
 
 
@@ -214,22 +473,39 @@ class TracePictures:
 
 
 class _CountedBody:
-    """One request's channel: cut off at the limit, and from then on deaf to what the app answers."""
+    """One request's channel: cut off at either limit, and from then on deaf to what the app answers."""
 
-    def __init__(self, receive: Receive, send: Send, limit_bytes: int) -> None:
+    def __init__(self, receive: Receive, send: Send, limit_bytes: int, seconds: float) -> None:
         self._receive = receive
         self._send = send
         self._left_bytes = limit_bytes
+        self._give_up_at = time.monotonic() + seconds
+        self._ended = False
         self.exceeded = False
+        self.too_slow = False
         self.started = False
 
     async def receive(self) -> Message:
-        message = {"type": "http.disconnect"} if self.exceeded else await self._receive()
+        if self.exceeded:
+            return {"type": "http.disconnect"}
+        try:
+            message = await self._next()
+        except TimeoutError:
+            self.exceeded = self.too_slow = True
+            return {"type": "http.disconnect"}
+        self._ended = self._ended or not message.get("more_body", False)
         self._left_bytes -= len(message.get("body", b""))
         if self._left_bytes < 0:
             self.exceeded = True
             return {"type": "http.disconnect"}
         return message
+
+    async def _next(self) -> Message:
+        """What arrives next; raises TimeoutError for a body. Behind its end a caller may listen for ever."""
+        if self._ended:
+            return await self._receive()
+        async with asyncio.timeout(self._give_up_at - time.monotonic()):
+            return await self._receive()
 
     async def send(self, message: Message) -> None:
         if self.exceeded and not self.started:
@@ -241,3 +517,11 @@ class _CountedBody:
 async def _send(answer: ErrorAnswer, scope: Scope, receive: Receive, send: Send) -> None:
     response = JSONResponse(answer.body(), status_code=answer.status, headers=dict(answer.headers))
     await response(scope, receive, send)
+
+
+async def _refuse(answer: ErrorAnswer, scope: Scope, receive: Receive, send: Send) -> None:
+    """The answer, or for a websocket, which there is none of here, its close."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    await _send(answer, scope, receive, send)

@@ -25,12 +25,16 @@ FRONTEND = re.compile(r"^frontend http_frontend\n\s*bind .*\n", re.MULTILINE)
 #: before: the worker draws on for nobody, and a thread of HAProxy spins (seen in 12 of 12 trials).
 SPLICED_REQUESTS = re.compile(r"^\s*option splice-request\n", re.MULTILINE)
 
+#: How long the headers of a request may take; without a bound, idle callers hold connections for ever.
+HEADER_SECONDS = 20
+
 #: Serve's own control headers are not for callers (`serve_app.gates` says why).
 STRIPPED_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
 
 
 def mended(configuration: str) -> str:
-    """The configuration with open ports on the loopback, Serve's headers stripped, and hang-ups passed on.
+    """The configuration with open ports on the loopback, Serve's headers stripped, hang-ups passed on, and a
+    bound for how long headers take.
 
     A frontend that listens on every interface because its person chose so is left alone.
     """
@@ -43,8 +47,9 @@ def mended(configuration: str) -> str:
         configuration[frontend.start() : frontend.end()],
         configuration[frontend.end() :],
     )
-    stripping = "".join(f"    http-request del-header {name}\n" for name in STRIPPED_HEADERS)
-    return _on_loopback(before) + own + stripping + _on_loopback(after)
+    ours = "".join(f"    http-request del-header {name}\n" for name in STRIPPED_HEADERS)
+    ours += f"    timeout http-request {HEADER_SECONDS}s\n"
+    return _on_loopback(before) + own + ours + _on_loopback(after)
 
 
 def _on_loopback(section: str) -> str:

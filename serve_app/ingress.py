@@ -6,6 +6,7 @@ front of the workers, so importing this module must never import torch.
 
 from __future__ import annotations
 
+import asyncio
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,8 @@ def build_asgi_app(service: ImageService, settings: Settings, tracing: Tracing |
     app.state.service = service
     for routes in (docs, images, models, status, unknown):
         app.include_router(routes.router)
+    needs_key = settings.api_key is not None or settings.api_keys_file is not None
+    docs.describe_gates(app, status.OPEN_PATHS, needs_key)
     add_gates(app, settings, tracing)
     if settings.ui:
         from serve_app.ui import mount_page
@@ -67,6 +70,11 @@ class PromptEnhancerIngress:
     async def metrics_text(self) -> tuple[str, str]:
         """This ingress' name and metrics, for the ingress that is asked for those of all."""
         return self._metrics.named_text()
+
+    async def send_traces(self) -> None:
+        """Send what is left of traces, for whoever is about to end this process without Serve."""
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_asgi_app(self._service, self._settings, self._tracing)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 LOGGER_NAMES = ("serve_app", "zimage_engine")
 #: One line a request; written as JSON only, where machines read along.
@@ -43,6 +43,13 @@ class PlainLines(logging.Formatter):
         record.request = f"[{current}] " if current else ""
         return super().format(record)
 
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line itself, without the exception's, which follow set in: no caller can begin a line."""
+        return as_one_line(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  {as_one_line(line)}" for line in super().formatException(ei).split("\n"))
+
 
 class JsonLines(logging.Formatter):
     """For a machine: one JSON object a line, with what was given as `extra` beside the words."""
@@ -64,11 +71,17 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             fields["trace"] = self.formatException(record.exc_info)
-        return json.dumps(
-            {name: value for name, value in fields.items() if value is not None},
-            ensure_ascii=False,
-            default=str,
-        )
+        told = {name: value for name, value in fields.items() if value is not None}
+        line = json.dumps(told, ensure_ascii=False, default=str)
+        # JSON leaves some line ends and control characters as they are.
+        return line if line.isprintable() else json.dumps(told, default=str)
+
+
+def as_one_line(text: str) -> str:
+    """The text with all that is no printable character, such as a line end or a colour, as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def request_id() -> str:

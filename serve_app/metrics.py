@@ -78,6 +78,7 @@ OUTCOMES = (
     "ok",
     "cancelled",
     "queue_full",
+    "rate_limit_exceeded",
     "invalid_value",
     "missing_required_parameter",
     "unknown_parameter",

@@ -29,6 +29,10 @@ PARTIAL_IMAGES = 3
 #: Names that always mean the loaded model, for clients that must send some name.
 MODEL_ALIASES = ("zimage-turbo", "default")
 
+#: For the document: what the sentences below and the engine's refuse, as far as a schema can tell it.
+_WITHOUT_NULL: dict[str, Any] = {"pattern": r"^[^\x00]*$"}
+_MOST_STEPS, _MOST_GUIDANCE, _MOST_SEED = 100, 20, 2**32 - 1
+
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 
 
@@ -54,14 +58,22 @@ class ImageGenerationRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
     prompt: str = Field(
-        min_length=1, max_length=PROMPT_CHARACTERS, description="What to draw, in English or Chinese."
+        min_length=1,
+        max_length=PROMPT_CHARACTERS,
+        description="What to draw, in English or Chinese.",
+        # Python's white space has five characters more than a schema's \s.
+        json_schema_extra={"pattern": r"^[^\x00]*[^\s\x00\x1c-\x1f\x85][^\x00]*$"},
     )
     model: str | None = Field(
-        None, description="The id that /v1/models tells, or zimage-turbo or default; null: the loaded model."
+        None,
+        description="The id that /v1/models tells, or zimage-turbo or default; null: the loaded model.",
+        json_schema_extra=_WITHOUT_NULL,
     )
     n: int | None = Field(None, ge=1, le=PICTURES, description="How many pictures, 1 to 10; null: 1.")
     size: str | None = Field(
-        None, description="WIDTHxHEIGHT in pixels, such as 1024x1024; auto or null: the model's native size."
+        None,
+        description="WIDTHxHEIGHT in pixels, such as 1024x1024; auto or null: the model's native size.",
+        json_schema_extra={"pattern": "^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"},
     )
     quality: Literal["low", "medium", "high", "auto"] | None = Field(
         None,
@@ -69,7 +81,9 @@ class ImageGenerationRequest(BaseModel):
         "at guidance 1.8. An explicit num_inference_steps or guidance_scale wins.",
     )
     response_format: str | None = Field(
-        None, description="b64_json, which is also the default. url is not offered."
+        None,
+        description="b64_json, which is also the default. url is not offered.",
+        json_schema_extra={"enum": ["b64_json", None]},
     )
     output_format: Literal["png", "jpeg", "webp"] | None = Field(
         None, description="png, jpeg or webp; null: png."
@@ -93,17 +107,29 @@ class ImageGenerationRequest(BaseModel):
         "steps sends fewer.",
     )
     negative_prompt: str | None = Field(
-        None, max_length=PROMPT_CHARACTERS, description="What to keep out; works while guidance is on."
+        None,
+        max_length=PROMPT_CHARACTERS,
+        description="What to keep out; works while guidance is on.",
+        json_schema_extra=_WITHOUT_NULL,
     )
-    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; 4 to 12 look right.")
+    num_inference_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Denoising steps; 4 to 12 look right.",
+        json_schema_extra={"maximum": _MOST_STEPS},
+    )
     guidance_scale: float | None = Field(
         None,
         ge=0,
         allow_inf_nan=False,
         description="Conventional w: 1 or 0 is off (half the work); 1.5 to 2.5 look right.",
+        json_schema_extra={"maximum": _MOST_GUIDANCE},
     )
     seed: int | None = Field(
-        None, ge=0, description="Same seed, same picture; picture i of n has seed + i. null: a new one."
+        None,
+        ge=0,
+        description="Same seed, same picture; picture i of n has seed + i. null: a new one.",
+        json_schema_extra={"maximum": _MOST_SEED},
     )
     enhance: bool | None = Field(
         None, description="Let the server add quality words to the prompt; null: true."
@@ -111,6 +137,11 @@ class ImageGenerationRequest(BaseModel):
     refine: bool | None = Field(
         None, description="Strengthen fine detail of the finished picture; null: where enhance is on."
     )
+
+
+_WHOLE_NUMBERS = frozenset(
+    name for name, field in ImageGenerationRequest.model_fields.items() if field.annotation == int | None
+)
 
 
 class PictureWarning(BaseModel):
@@ -233,7 +264,7 @@ def read_json(body: bytes) -> dict[str, Any]:
 def parse(payload: Mapping[str, Any]) -> ImageGenerationRequest:
     """The checked request; raises RequestRefused with one sentence on the first thing that is wrong."""
     try:
-        wire = ImageGenerationRequest.model_validate(dict(payload))
+        wire = ImageGenerationRequest.model_validate(_with_whole_numbers(payload))
     except ValidationError as error:
         problems = error.errors(include_url=False)
         # A misspelt field explains the missing one, so it is told first.
@@ -244,6 +275,18 @@ def parse(payload: Mapping[str, Any]) -> ImageGenerationRequest:
     for check in _CHECKS:
         check(wire)
     return wire
+
+
+def _with_whole_numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, with 7.0 as 7 where a whole number is wanted: in JSON they are one number."""
+    return {
+        name: int(value) if name in _WHOLE_NUMBERS and _is_whole(value) else value
+        for name, value in payload.items()
+    }
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
 
 
 def check_model(wire: ImageGenerationRequest, description: ModelDescription) -> None:

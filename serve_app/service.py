@@ -10,8 +10,8 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,10 @@ from serve_app.error_mapping import ModelNotReady, WorkerLost, is_the_servers, o
 from serve_app.image_codec import ImageEncoding
 from serve_app.logs import REQUESTS, request_id
 from serve_app.metrics import ServerMetrics, merged
+from serve_app.queueing import Entry, FairQueue, OnPlace, turn
 from serve_app.tracing import Tracing, current, now
 from serve_app.worker_reply import Preview
+from zimage_engine.errors import DeadlineExceeded
 from zimage_engine.prompts.enhancer import enhance, unchanged
 from zimage_engine.prompts.tokens import token_counter
 from zimage_engine.sampling.plan import SamplingPlan, resolve
@@ -55,6 +57,8 @@ ASK_SECONDS = 3.0
 SCRAPE_SECONDS = 8.0
 #: A worker that answered this recently is still there.
 READY_CACHE_SECONDS = 0.5
+#: How old the number of workers that the queue goes by may be while pictures are asked for.
+COUNT_CACHE_SECONDS = 5.0
 #: Between two looks whether a new worker has come up.
 RESTART_POLL_SECONDS = 0.5
 
@@ -100,6 +104,13 @@ class ImageService:
         self._description: ModelDescription | None = None
         self._count_tokens: Callable[[str], int] | None = None
         self._answered_at = float("-inf")
+        entry = Entry("normal", settings.pictures_at_once, settings.requests_a_minute)
+        self._queue = FairQueue(
+            settings.max_queued_requests, settings.max_queue_seconds, entry_of=lambda name: entry
+        )
+        self._queue.set_workers(settings.num_replicas)
+        self._counted_at = float("-inf")
+        self._counting: asyncio.Task[bool] | None = None
 
     async def generate(
         self,
@@ -108,28 +119,39 @@ class ImageService:
         on_progress: OnProgress | None = None,
         on_preview: OnPreview | None = None,
         previews: int = 0,
+        *,
+        asked_by: str = "",
+        on_place: OnPlace | None = None,
     ) -> WorkerReply:
-        """Draw what is asked; the report tells the enhancement that was made here.
+        """Draw what is asked when its turn is; the report tells the enhancement that was made here.
+
+        `asked_by` has one line in the queue; `on_place` hears of the place in it while there is one.
 
         `on_progress` is called after each step, and `on_preview` after `previews` of them, or after fewer
         where some cannot be made; after a worker's death both begin again with the first step. Cancelling
         stops the drawing in the worker.
-        Raises InvalidRequest, ModelNotReady, WorkerLost, or Serve's BackPressureError.
+        Raises InvalidRequest, ModelNotReady, QueueFull, CallerLimited, DeadlineExceeded or WorkerLost.
         """
         with self._traced():
             started = time.monotonic()
             watcher = None if on_progress is None else _Watcher(on_progress, on_preview, previews)
             with self.failures_counted():
-                description = await self.description_when_ready()
-                # What cannot be drawn is told now, not after a place in the queue has come up.
-                plan = resolve(request, description)
-                enhancing, enhancing_at = time.perf_counter(), now()
-                enhanced = self._enhanced(plan, request.enhance, description)
-                enhance_seconds = time.perf_counter() - enhancing
-                asked_at = now()
-                if request.enhance:
-                    current().passed("enhance", enhancing_at, asked_at)
-                reply = await self._drawn(_ready_to_draw(request, plan, enhanced), encoding, watcher)
+                async with self._in_time():
+                    description = await self.description_when_ready()
+                    # What cannot be drawn is told now, not after a place in the queue has come up.
+                    plan = resolve(request, description)
+                    enhancing, enhancing_at = time.perf_counter(), now()
+                    enhanced = self._enhanced(plan, request.enhance, description)
+                    enhance_seconds = time.perf_counter() - enhancing
+                    asked_at = now()
+                    if request.enhance:
+                        current().passed("enhance", enhancing_at, asked_at)
+                    work = work_of(plan)
+                    self._count_workers_soon()
+                    async with turn(self._queue, asked_by, work, len(plan.seeds), on_place):
+                        reply = await self._drawn(_ready_to_draw(request, plan, enhanced), encoding, watcher)
+                        self._queue.pace.learn(work, reply.report.seconds)
+                    self._count_workers_soon()
             report = replace(reply.report, enhancement=enhanced)
             seconds = time.monotonic() - started
             self._metrics.record(
@@ -139,6 +161,25 @@ class ImageService:
             told = {"outcome": "ok", "seconds": round(seconds, 3), "pictures": len(report.pictures)}
             requests.info("request ended", extra=told)
             return replace(reply, report=report)
+
+    def rate_headers(self, asked_by: str) -> dict[str, str]:
+        """What a caller is told of the requests a minute that are left; nothing where they have no limit."""
+        return self._queue.headers_of(asked_by)
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Ends what is inside, and the drawing with it, when the request's time is over."""
+        seconds = self._settings.request_seconds
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                yield
+        except (TimeoutError, RequestCancelledError) as error:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"The request was not done within {seconds:g} seconds, the wait for a worker included; "
+                "ask for fewer steps or a smaller picture, or send it again when less is to be done."
+            ) from error
 
     def _traced(self) -> AbstractContextManager[Any]:
         """A trace for what came over no traced route, as the page's requests."""
@@ -263,13 +304,21 @@ class ImageService:
         descriptions = await self._ask_all("describe")
         if not descriptions:
             return False
-        self._answered_at = time.monotonic()
+        self._answered_at = self._counted_at = time.monotonic()
+        self._queue.set_workers(len(descriptions))
         if self._description is None:
             description: ModelDescription = descriptions[0]
             if description.tokenizer_json:
                 self._count_tokens = token_counter(description.tokenizer_json)
             self._description = description
         return True
+
+    def _count_workers_soon(self) -> None:
+        """Workers come and go; the queue hears of it while there is something to do for them."""
+        is_counting = self._counting is not None and not self._counting.done()
+        if not is_counting and time.monotonic() - self._counted_at > COUNT_CACHE_SECONDS:
+            self._counted_at = time.monotonic()
+            self._counting = asyncio.create_task(self._look_for_workers())
 
     async def _ask_all(self, method: str, seconds: float = ASK_SECONDS) -> list[Any]:
         """What each worker answers, past the queue of pictures; those that do not answer are left out."""
@@ -292,6 +341,12 @@ class ImageService:
         if self._description is None:
             return "No worker has its model yet: it is still being loaded. Try again in a few seconds."
         return "No worker answers at the moment; a new one is being started. Try again in a few seconds."
+
+
+def work_of(plan: SamplingPlan) -> float:
+    """What drawing it costs, in megapixel-steps; with guidance each step is computed twice."""
+    passes = 2 if plan.guidance_scale > 1 else 1
+    return plan.width_px * plan.height_px / 1e6 * plan.steps * passes * len(plan.seeds)
 
 
 def _name_of_request() -> dict[str, str]:

@@ -118,7 +118,35 @@ class Settings(BaseSettings):
         "out among num_replicas.",
     )
     max_queued_requests: int = Field(
-        default=64, ge=1, description="Requests that may wait for a worker; more are answered with 429."
+        default=64,
+        ge=1,
+        description="Requests that may wait in the queue of an ingress; more are answered with 429.",
+    )
+    max_queue_seconds: float | None = Field(
+        default=600,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest wait in the queue, as estimated from the last pictures; who would wait longer "
+        "is answered with 429. OpenAI's client gives up after 600.",
+    )
+    request_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that one request may take in all, the wait in the queue included, before it is "
+        "given up with status 504; unset: as long as it takes.",
+    )
+    pictures_at_once: int = Field(
+        default=0,
+        ge=0,
+        description="Pictures that one caller (a key's name, else an address) may have waiting or being "
+        "drawn at an ingress; more are answered with 429; 0: no limit.",
+    )
+    requests_a_minute: int = Field(
+        default=0,
+        ge=0,
+        description="Requests for pictures that an ingress takes from one caller a minute; more are answered "
+        "with 429; 0: no limit.",
     )
     drawing_seconds: float | None = Field(
         default=None,
@@ -311,11 +339,11 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _open_address_needs_a_key(self) -> Settings:
-        if not is_loopback(self.host) and self.api_key is None:
+        if not is_loopback(self.host) and self.api_key is None and self.api_keys_file is None:
             raise ValueError(
                 f"host {self.host} can be reached by other machines, and there is no api_key: set "
-                "ZIMAGE_API_KEY to a secret of your own, or ZIMAGE_API_KEYS_FILE to a file that `zimage-turbo "
-                "keys add` has made, or listen on 127.0.0.1"
+                "ZIMAGE_API_KEY to a secret of your own, or ZIMAGE_API_KEYS_FILE to a file that "
+                "`zimage-turbo keys add` has made, or listen on 127.0.0.1"
             )
         return self
 

@@ -10,7 +10,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from serve_app.error_mapping import answer_for
 from serve_app.image_codec import ImageEncoding
 from serve_app.openai_schema import ErrorResponse, ImageGenerationRequest, Picture, to_response
+from serve_app.queueing import Place
 from serve_app.service import ImageService
 from serve_app.worker_reply import Preview, WorkerReply
 from zimage_engine.errors import GenerationCancelled
@@ -100,11 +101,19 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, draw: Callable[[Tell], Coroutine[Any, Any, bytes]]) -> None:
-        """`draw` tells what goes out meanwhile and returns what goes out last; cancelling it stops it."""
+    def __init__(
+        self,
+        draw: Callable[[Tell], Coroutine[Any, Any, bytes]],
+        more_headers: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        """`draw` tells what goes out meanwhile and returns what goes out last; cancelling it stops it.
+
+        `more_headers` is asked when the stream opens.
+        """
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._draw = draw
+        self._more_headers = more_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         told: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -138,6 +147,7 @@ class EventStream(Response):
             plain = JSONResponse(answer.body(), status_code=answer.status, headers=dict(answer.headers))
             await plain(scope, receive, send)
             return
+        self.headers.update(self._more_headers())
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         while chunk is not None:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
@@ -166,21 +176,36 @@ async def _client_gone(receive: Receive) -> None:
 
 
 def picture_stream(
-    service: ImageService, wire: ImageGenerationRequest, asked: GenerationRequest, encoding: ImageEncoding
+    service: ImageService,
+    wire: ImageGenerationRequest,
+    asked: GenerationRequest,
+    encoding: ImageEncoding,
+    asked_by: str,
 ) -> EventStream:
     """The answer to a request with `stream` true."""
 
     async def draw(tell: Tell) -> bytes:
         teller = _Teller(wire, encoding, tell)
         previews = wire.partial_images or 0
-        reply = await service.generate(asked, encoding, teller.stepped, teller.previewed, previews)
+        reply = await service.generate(
+            asked,
+            encoding,
+            teller.stepped,
+            teller.previewed,
+            previews,
+            asked_by=asked_by,
+            on_place=teller.placed,
+        )
         return event(_completed(wire, encoding, reply, service.count_tokens))
 
-    return EventStream(draw)
+    return EventStream(draw, lambda: service.rate_headers(asked_by))
 
 
 class _Teller:
-    """Tells a drawing's steps and previews as they come; of a step drawn again there is no second preview."""
+    """Tells the place in the queue, and a drawing's steps and previews as they come.
+
+    Of a step drawn again there is no second preview.
+    """
 
     def __init__(self, wire: ImageGenerationRequest, encoding: ImageEncoding, tell: Tell) -> None:
         self._wire = wire
@@ -189,6 +214,10 @@ class _Teller:
         self._first_step_at = 0.0
         self._previews = 0
         self._previewed_step = 0
+
+    def placed(self, place: Place) -> None:
+        about = "" if place.seconds is None else f", about {place.seconds:.0f} s"
+        self._tell(comment(f"queue position {place.position}{about}"))
 
     def stepped(self, progress: StepProgress) -> None:
         now = time.monotonic()
@@ -278,9 +307,15 @@ def events_in_docs() -> dict[str, Any]:
     said = (comment("step 2/8, 0.9 seconds left"), event(partial), event(completed))
     rows = ((PartialImageEvent, partial), (CompletedEvent, completed), (ErrorEvent, None))
     return {
-        "schema": {"anyOf": [_schema(model, example) for model, example in rows]},
+        "schema": {"anyOf": [_event_schema(_schema(model, example)) for model, example in rows]},
         "example": b"".join(said).decode(),
     }
+
+
+def _event_schema(data: dict[str, Any]) -> dict[str, Any]:
+    """An event as OpenAPI 3.2 sees one: an object of its lines, whose data is JSON in a text."""
+    as_text = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+    return {"type": "object", "properties": {"data": as_text}, "required": ["data"]}
 
 
 def _schema(model: type[BaseModel], example: dict[str, Any] | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, cast
 
 from fastapi import Request, Response
@@ -16,6 +16,12 @@ from serve_app.service import ImageService
 def service_of(request: Request) -> ImageService:
     """The service that the ingress put on the app."""
     return cast(ImageService, request.app.state.service)
+
+
+def asked_by(scope: Mapping[str, Any]) -> str:
+    """Who has one line in the queue: the name of the key, else the address that the connection comes from."""
+    address: str = (scope.get("client") or ("unknown",))[0]
+    return cast(str, scope.get("state", {}).get("caller") or address)
 
 
 def refusal(answer: ErrorAnswer) -> JSONResponse:

@@ -6,11 +6,11 @@ What stands here is read from the same OpenAPI document, `/openapi.json`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from html import escape
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse
 
 router = APIRouter(include_in_schema=False)
@@ -40,6 +40,52 @@ picture = client.images.generate(prompt="a red circle on a white background").da
 @router.get("/docs", response_class=HTMLResponse)
 async def docs(request: Request) -> HTMLResponse:
     return HTMLResponse(page(request.app.openapi(), str(request.base_url)))
+
+
+#: What the gates before every route may answer.
+_OF_THE_GATES = {
+    "401": "The server asks for a key, and there was none or a wrong one.",
+    "403": "The key may not do this, or the request came from another site's page.",
+    "421": "The server does not go by the name that it was called by.",
+}
+#: And to a request with a body.
+_OF_THE_BODY = {
+    "404": "There is no model of this name here.",
+    "408": "The body took too long to arrive.",
+    "413": "The body is too large.",
+    "415": "The body is announced as something other than JSON in UTF-8.",
+}
+
+
+def describe_gates(app: FastAPI, open_paths: Collection[str], needs_key: bool) -> None:
+    """Let the app's document tell also what stands before its routes: keys, and what all may answer."""
+    of_the_routes = app.openapi
+
+    def whole() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _tell_of_gates(of_the_routes(), open_paths, needs_key)
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = whole  # type: ignore[method-assign]
+
+
+def _tell_of_gates(document: dict[str, Any], open_paths: Collection[str], needs_key: bool) -> None:
+    refusal = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            answers = operation["responses"]
+            # Every path is a text, so FastAPI's own refusal of one cannot come.
+            answers.pop("422", None)
+            for status, description in {
+                **({} if path in open_paths else _OF_THE_GATES),
+                **(_OF_THE_BODY if "requestBody" in operation else {}),
+            }.items():
+                answers.setdefault(status, {"description": description, "content": refusal})
+            operation["responses"] = dict(sorted(answers.items()))
+            if path not in open_paths:
+                operation["security"] = [{"key": []}] if needs_key else [{}, {"key": []}]
 
 
 def page(openapi: Mapping[str, Any], url: str) -> str:

@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse, Response
 
 from serve_app import openai_schema as schema
 from serve_app.error_mapping import RequestRefused
-from serve_app.routes.answers import AnsweringRoute, service_of
+from serve_app.routes.answers import AnsweringRoute, asked_by, service_of
 from serve_app.streaming import events_in_docs, picture_stream
 
 router = APIRouter(tags=["images"], route_class=AnsweringRoute)
@@ -36,7 +36,11 @@ _BODY_IN_DOCS = {
             "content": {"text/event-stream": events_in_docs()},
         },
         400: {"model": schema.ErrorResponse, "description": "A field cannot be used; the message says why."},
-        429: {"model": schema.ErrorResponse, "description": "Too many requests wait already."},
+        429: {
+            "model": schema.ErrorResponse,
+            "description": "Too many requests wait already, or the caller has had what one caller may; "
+            "Retry-After says when to come again.",
+        },
         503: {"model": schema.ErrorResponse, "description": "No worker has its model at the moment."},
     },
     openapi_extra=_BODY_IN_DOCS,
@@ -50,12 +54,13 @@ async def generate(request: Request) -> Response:
         encoding = schema.to_encoding(wire)
         schema.check_model(wire, await service.description_when_ready())
         asked = schema.to_engine(wire)
+    name = asked_by(request.scope)
     if wire.stream:
-        return picture_stream(service, wire, asked, encoding)
-    reply = await service.generate(asked, encoding)
+        return picture_stream(service, wire, asked, encoding, name)
+    reply = await service.generate(asked, encoding, asked_by=name)
     return JSONResponse(
         schema.to_response(wire, encoding, reply.pictures, reply.report),
-        headers={"x-engine-seconds": f"{reply.report.seconds:.4f}"},
+        headers={"x-engine-seconds": f"{reply.report.seconds:.4f}", **service.rate_headers(name)},
     )
 
 

@@ -43,6 +43,14 @@ class WaitingForModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """Others are before; `position` 1 is next. `seconds` until the turn, None while nobody can know."""
+
+    position: int
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """The request is on its way; no step has ended."""
 
@@ -63,16 +71,17 @@ class Refused:
     theirs: bool
 
 
-Moment = WaitingForModel | Started | StepProgress | Drawn | Refused
+Moment = WaitingForModel | Waiting | Started | StepProgress | Drawn | Refused
 
 
 class ControlUnreadable(ValueError):
     """What was typed is not what the control is for; the message is in the page's language."""
 
 
-async def draw(service: ImageService, asked: Asked) -> AsyncGenerator[Moment, None]:
+async def draw(service: ImageService, asked: Asked, asked_by: str = "") -> AsyncGenerator[Moment, None]:
     """Draw one picture; yields its moments in order and ends with exactly one `Drawn` or `Refused`.
 
+    `asked_by` has one line in the queue, whatever pages it opens.
     Whoever stops listening early cancels the request.
     """
     try:
@@ -82,8 +91,16 @@ async def draw(service: ImageService, asked: Asked) -> AsyncGenerator[Moment, No
             description = await _until_ready(service)
         request = request_from(asked, description)
         yield Started()
-        steps: asyncio.Queue[StepProgress | None] = asyncio.Queue()
-        drawing = asyncio.ensure_future(service.generate(request, ImageEncoding("png"), steps.put_nowait))
+        steps: asyncio.Queue[StepProgress | Waiting | None] = asyncio.Queue()
+        drawing = asyncio.ensure_future(
+            service.generate(
+                request,
+                ImageEncoding("png"),
+                steps.put_nowait,
+                asked_by=asked_by,
+                on_place=lambda place: steps.put_nowait(Waiting(place.position, place.seconds)),
+            )
+        )
         drawing.add_done_callback(lambda _: steps.put_nowait(None))
         try:
             while (progress := await steps.get()) is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from serve_app.ui.texts import Language, notice_sentence, say
 from zimage_engine.types import (
@@ -16,6 +17,9 @@ from zimage_engine.types import (
     Notice,
     StepProgress,
 )
+
+if TYPE_CHECKING:
+    from serve_app.ui.drawing import Waiting
 
 #: Graphics cards are sold by "12 GB" and hold 12 * 2**30 bytes.
 _BYTES_PER_GB = 2**30
@@ -27,7 +31,7 @@ def badge_text(steps: int, guidance_scale: float, dtype: str) -> str:
 
 
 def status_text(status: DeviceStatus) -> str:
-    """The device in one line, and the memory plan, if any: `GPU: CUDA OK | VRAM: 5.2/12.0 GB`, `MPS`, `CPU`."""
+    """The device in one line: `GPU: CUDA OK | VRAM: 5.2/12.0 GB`, `MPS` or `CPU`; then the plan, if any."""
     kind = status.device.partition(":")[0]
     parts = [f"GPU: {kind.upper()} OK" if kind == "cuda" else kind.upper()]
     if kind == "cuda" and status.used_bytes is not None and status.total_bytes is not None:
@@ -75,6 +79,12 @@ def progress_bar(text: str, share_done: float) -> str:
 def progress_waiting(key: str, language: Language) -> str:
     """The bar before the first step; `key` says what is being waited for."""
     return progress_bar(say(key, language), 0.0)
+
+
+def progress_queued(place: Waiting, language: Language) -> str:
+    """The bar of one who waits for others."""
+    key = "queued" if place.seconds is None else "queued_for"
+    return progress_bar(say(key, language, position=place.position, seconds=place.seconds), 0.0)
 
 
 def progress_step(progress: StepProgress, language: Language) -> str:

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve_app.ui import markup
-from serve_app.ui.drawing import Asked, Drawn, Moment, Refused, Started, WaitingForModel, draw, refused
+from serve_app.ui.drawing import (
+    Asked,
+    Drawn,
+    Moment,
+    Refused,
+    Started,
+    Waiting,
+    WaitingForModel,
+    draw,
+    refused,
+)
 from serve_app.ui.layout import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, TITLE, Board, Controls, lay_out
 from serve_app.ui.sizes import sizes_that_fit
 from serve_app.ui.texts import Language, language_of, say, translations
@@ -87,7 +97,7 @@ def _connect(blocks: gr.Blocks, service: ImageService, controls: Controls, board
         language = asked.language
         yield {board.message: ""}
         try:
-            async with aclosing(draw(service, asked)) as moments:
+            async with aclosing(draw(service, asked, _asked_by())) as moments:
                 async for moment in moments:
                     yield await _shown(board, moment, language)
         except Exception as error:  # the picture could not be kept: a full disk
@@ -164,6 +174,16 @@ def _connect(blocks: gr.Blocks, service: ImageService, controls: Controls, board
     )
 
 
+def _asked_by() -> str:
+    """Who pressed the button; Gradio draws outside of the request that said so, and keeps it at hand."""
+    from gradio.context import LocalContext
+
+    from serve_app.routes.answers import asked_by
+
+    request = LocalContext.request.get(None)
+    return "" if request is None else asked_by(request.request.scope)
+
+
 def _asked(
     prompt: str | None,
     negative_prompt: str | None,
@@ -193,6 +213,8 @@ async def _shown(board: Board, moment: Moment, language: Language) -> dict[Any, 
     match moment:
         case WaitingForModel():
             return {board.progress: markup.progress_waiting("waiting_for_model", language)}
+        case Waiting():
+            return {board.progress: markup.progress_queued(moment, language)}
         case Started():
             return {board.progress: markup.progress_waiting("starting", language)}
         case StepProgress():

@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from serve_app.gates import add_gates
 from serve_app.settings import Settings
 from serve_app.ui import mount_page
 from tests.serve_app.ui.painting_service import PaintingService
@@ -87,7 +88,9 @@ def open_page(chromium: Browser) -> Iterator[OpenPage]:
 @pytest.fixture
 def page_server() -> Iterator[PageServer]:
     service = PaintingService(step_seconds=0.05)
-    app = mount_page(FastAPI(), service, Settings())
+    app = FastAPI()
+    add_gates(app, Settings())
+    app = mount_page(app, service, Settings())
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1)
     )

@@ -1,6 +1,6 @@
 """Measures memory and speed of the published shape on a GPU; `make bench-gpu` runs all of it.
 
-    python -m tests.gpu.bench [--part resident|limited|peers|fragmentation|oom|all] [--only JOB]
+    python -m tests.gpu.bench [--part resident|limited|peers|fragmentation|oom|all|report] [--only JOB]
                               [--minutes 9.5] [--tiny] [--device cuda:0] [--json OUT] [--markdown OUT]
 
 Nothing is downloaded: the model has random weights (`random_model.py`). Where the project is not installed,
@@ -9,9 +9,18 @@ peft, psutil, platformdirs and their like, and no server. It takes about 21 GB o
 memory, twice that while weights are locked, and 21 GB of disk in the temporary folder for the residency that
 reads from there. Each part ends within `--minutes`; a part consists of jobs, which share its time, and
 `--only` runs one of them with all of it. Every job has a process of its own, because the allocator is told
-how to work before CUDA starts. With `--json`, parts run one by one are gathered in the same file, and the
-report is made of all that is there. `--tiny` runs the same code in this process with the tiny model, on the
-CPU too: its times mean nothing, and memory figures are left out.
+how to work before CUDA starts; what it measured before it failed or ran late is kept. With `--json`, parts
+run one by one are gathered in the same file, and the report is made of all that is there; `--part report`
+only makes it again, where matplotlib is, say. `--tiny` runs the same code in this process with the tiny
+model, on the CPU too: its times mean nothing, and memory figures are left out.
+
+All of it takes up to 48 minutes. Half an hour in three commands of ten minutes is enough for every target:
+
+    python -m tests.gpu.bench --json J --part resident --minutes 4.7
+    python -m tests.gpu.bench --json J --part limited --only 12GiB --minutes 4.7
+    python -m tests.gpu.bench --json J --part fragmentation --minutes 9.5
+    python -m tests.gpu.bench --json J --part peers --only unlimited --minutes 4.7
+    python -m tests.gpu.bench --json J --part oom --only denoise --minutes 4.7
 
 Exit status 1: a target was missed or a job failed. What was not measured is no miss, and is named.
 """
@@ -27,8 +36,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +56,11 @@ GRACE_SECONDS = 25.0
 
 @dataclass(frozen=True)
 class Job:
-    """One process's work. `run` is given the bench and returns its rows."""
+    """One process's work. `run` is given the bench and gives its rows as they come."""
 
     part: str
     name: str
-    run: Callable[[Bench], list[Row]] = field(repr=False)
+    run: Callable[[Bench], Iterator[Row]] = field(repr=False)
     allocator: str = EXPANDABLE
     cards_gib: tuple[int, ...] = ()
 
@@ -73,7 +83,7 @@ def jobs(tiny: bool) -> tuple[Job, ...]:
     )
 
 
-def _limited(card_gib: int) -> Callable[[Bench], list[Row]]:
+def _limited(card_gib: int) -> Callable[[Bench], Iterator[Row]]:
     from tests.gpu import parts
 
     return lambda bench: parts.residencies(bench, card_gib)
@@ -82,8 +92,11 @@ def _limited(card_gib: int) -> Callable[[Bench], list[Row]]:
 PARTS = ("resident", "limited", "peers", "fragmentation", "oom")
 
 
-def run_job(job: Job, device: str, tiny: bool, seconds: float) -> Row:
-    """The job in this process: what was measured, where, and how long it took."""
+def run_job(
+    job: Job, device: str, tiny: bool, seconds: float, keep: Callable[[Row], None] = lambda so_far: None
+) -> Row:
+    """The job in this process: what was measured, where, and how long it took. `keep` is given what there is
+    after each row, marked as failed: what comes next may end the process."""
     from tests.gpu.parts import Bench
 
     started = time.monotonic()
@@ -91,41 +104,43 @@ def run_job(job: Job, device: str, tiny: bool, seconds: float) -> Row:
     try:
         with tempfile.TemporaryDirectory(prefix="zimage-bench-") as scratch:
             bench = Bench(device, tiny, seconds, Path(scratch))
-            shape = bench.model.has_published_shape
-            rows = job.run(bench)
+            result: Row = {
+                "part": job.part,
+                "job": job.name,
+                "tiny": tiny,
+                "has_published_shape": bench.model.has_published_shape,
+                "allocator": os.environ.get(ALLOCATOR, "as PyTorch has it"),
+                "speed": asdict(bench.speed),
+                "rows": [],
+            }
+            for row in job.run(bench):
+                result["rows"].append(row)
+                result |= {"machine": bench.card.facts(), "seconds": time.monotonic() - started}
+                keep({**result, "failed": "the job did not come to its end"})
     finally:
         gc.unfreeze()
-    return {
-        "part": job.part,
-        "job": job.name,
-        "tiny": tiny,
-        "has_published_shape": shape,
-        "machine": bench.card.facts(),
-        "allocator": os.environ.get(ALLOCATOR, "as PyTorch has it"),
-        "speed": asdict(bench.speed),
-        "seconds": time.monotonic() - started,
-        "rows": rows,
-    }
+    return result | {"machine": bench.card.facts(), "seconds": time.monotonic() - started}
 
 
 def run_apart(job: Job, device: str, tiny: bool, seconds: float) -> Row:
-    """The job in a process of its own, which is ended when it takes clearly longer than it was given."""
+    """The job in a process of its own, which is ended when it takes clearly longer than it was given. What it
+    had measured until then is kept."""
     with tempfile.TemporaryDirectory(prefix="zimage-bench-") as scratch:
         answer = Path(scratch) / "answer.json"
         command = [sys.executable, "-m", "tests.gpu.bench", "--part", job.part, "--only", job.name]
         command += ["--device", device, "--minutes", str(seconds / 60), "--answer", str(answer)]
         command += ["--tiny"] if tiny else []
-        environment = {**os.environ, ALLOCATOR: job.allocator, "HF_HUB_OFFLINE": "1"}
+        # Weights on the disk lie in here too, and go with it however the process ends.
+        environment = {**os.environ, ALLOCATOR: job.allocator, "HF_HUB_OFFLINE": "1", "TMPDIR": scratch}
         environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)  # the name before; both must not disagree
-        reason = ""
+        reason = f"the job took longer than {seconds:.0f} s; give it more with --minutes or --only"
         with contextlib.suppress(subprocess.TimeoutExpired):
             ended = subprocess.run(command, env=environment, timeout=seconds + GRACE_SECONDS, check=False)
             reason = f"the job's process ended with status {ended.returncode}"
+        told: Row = {"part": job.part, "job": job.name, "tiny": tiny, "failed": reason, "rows": []}
         if answer.is_file():
-            told: Row = json.loads(answer.read_text())
-            return told
-    reason = reason or f"the job took longer than {seconds:.0f} s; give it more with --minutes or --only"
-    return {"part": job.part, "job": job.name, "tiny": tiny, "failed": reason, "rows": []}
+            told = json.loads(answer.read_text())
+    return {**told, "failed": reason} if "failed" in told else told
 
 
 def run_part(
@@ -154,7 +169,7 @@ def say(line: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for; 0 where nothing that was measured missed its target."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
+    parser.add_argument("--part", choices=(*PARTS, "all", "report"), default="all")
     parser.add_argument("--only", help="one job of the part, such as 12GiB")
     parser.add_argument("--minutes", type=float, default=9.5, help="the most that each part may take")
     parser.add_argument("--tiny", action="store_true")
@@ -164,6 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     device = asked.device or ("cpu" if asked.tiny else "cuda:0")
+    if asked.part == "report":
+        return _report_again(asked.json, asked.markdown)
     if (problem := _problem(device, asked.tiny)) is not None:
         say(problem)
         return 2
@@ -175,7 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"there is no job {asked.only!r} in the part {asked.part}; there are: {', '.join(names)}")
         return 2
     if asked.answer is not None:
-        asked.answer.write_text(json.dumps(run_job(wanted[0], device, asked.tiny, 60 * asked.minutes)))
+        write = partial(_write_answer, asked.answer)
+        write(run_job(wanted[0], device, asked.tiny, 60 * asked.minutes, write))
         return 0
     try:
         results = _earlier(asked.json, asked.tiny)
@@ -192,11 +210,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [job for job in wanted if job.part == part]
         if chosen:
             run_part(chosen, device, asked.tiny, 60 * asked.minutes, store)
+    return _told(results)
+
+
+def _report_again(to_json: Path | None, to_markdown: Path | None) -> int:
+    """The reports of what the file holds; nothing is measured."""
+    if to_json is None or not to_json.is_file():
+        say("--part report makes the report of results that are there; name them with --json")
+        return 2
+    results: list[Row] = json.loads(to_json.read_text())["results"]
+    write_reports(results, to_json, to_markdown)
+    return _told(results)
+
+
+def _told(results: Sequence[Row]) -> int:
+    """Print the report; 1 where something was missed or failed."""
     from tests.gpu.report import markdown, targets
 
     say(markdown(results))
     is_missed = any(target.outcome == "FAIL" for target in targets(results))
     return 1 if is_missed or any("failed" in result for result in results) else 0
+
+
+def _write_answer(path: Path, result: Row) -> None:
+    """Whole or not at all: the process may be ended meanwhile."""
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(result))
+    beside.replace(path)
 
 
 def _problem(device: str, tiny: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""The parts of the suite: each draws under its own conditions and returns rows of what was measured.
+"""The parts of the suite: each draws under its own conditions and gives rows of what was measured.
 
 A row is a plain dict. `outcome` is "drawn" or a sentence why there is no picture; figures that the device
 does not tell are None. What time did not allow for has a row that says so.
@@ -78,7 +78,10 @@ class Bench:
         self.card = Card(device)
         self.speed = self.card.speed(tiny)
         self.cache_folder = cache_folder
+        started = time.monotonic()
         self.model = build(device, tiny)
+        #: What making the model took; the time for one more is kept.
+        self.build_seconds = time.monotonic() - started
         self.painter = Painter(self.model, self.card)
         #: The longest that weights took to be put in place so far; the time for one more is kept.
         self.put_seconds = 0.0
@@ -138,26 +141,23 @@ class _Case:
     is_chosen: bool
 
 
-def residencies(bench: Bench, card_gib: int | None) -> list[Row]:
+def residencies(bench: Bench, card_gib: int | None) -> Iterator[Row]:
     """Every residency on a card of `card_gib` (None: as it is), each picture beside the resident one."""
     bench.card.limit(None)
-    bench.warm_up()
     references = _references(bench)
     bench.card.limit(None if card_gib is None else card_gib * GIB)
-    rows: list[Row] = []
     cases: list[_Case] = []
     for asked in bench.scale.asked:
         fitting, unfit = _plans(bench, asked, is_lean_wanted=card_gib is None)
         cases += fitting
-        rows += [_row(bench, asked, plan, plan.because) for plan in unfit]
+        yield from ({"card_gib": card_gib, **_row(bench, asked, plan, plan.because)} for plan in unfit)
     for placement in _by_placement(cases):
-        rows += _measured(bench, placement, references)
+        yield from ({"card_gib": card_gib, **row} for row in _measured(bench, placement, references))
     bench.card.limit(None)
-    return [{"card_gib": card_gib, **row} for row in rows]
 
 
 def _references(bench: Bench) -> dict[Asked, Drawn]:
-    """What the resident model draws; none where it does not fit on the card."""
+    """What the resident model draws, kernels loaded; none where it does not fit on the card."""
     found: dict[Asked, Drawn] = {}
     resident = [
         plan
@@ -172,7 +172,11 @@ def _references(bench: Bench) -> dict[Asked, Drawn]:
                 bench.painter.draw(replace(asked, steps=1))
                 found[asked] = bench.painter.draw(asked)
     except torch.OutOfMemoryError:
-        bench.card.clear()
+        pass  # those drawn so far are as good
+    bench.card.clear()
+    bench.card.note_context()
+    if not found:
+        bench.warm_up()
     return found
 
 
@@ -198,7 +202,7 @@ def _plans(bench: Bench, asked: Asked, is_lean_wanted: bool) -> tuple[list[_Case
     return cases, unfit
 
 
-#: The slow ones last, so that time runs out for them.
+#: What is planned comes first, the slow ones last, so that time runs out for them.
 _SLOWNESS = {residency: place for place, residency in enumerate(Residency)}
 
 
@@ -212,28 +216,29 @@ def _by_placement(cases: Iterable[_Case]) -> list[list[_Case]]:
                 break
         else:
             groups.append([case])
-    return sorted(groups, key=lambda group: (_SLOWNESS[group[0].plan.residency], not group[0].is_chosen))
+    return sorted(
+        groups,
+        key=lambda group: (not any(case.is_chosen for case in group), _SLOWNESS[group[0].plan.residency]),
+    )
 
 
-def _measured(bench: Bench, group: Sequence[_Case], references: dict[Asked, Drawn]) -> list[Row]:
+def _measured(bench: Bench, group: Sequence[_Case], references: dict[Asked, Drawn]) -> Iterator[Row]:
     """The rows of one placement's cases. An out-of-memory is a result: the plan promised it would fit."""
-    rows: list[Row] = []
+    done, outcome = 0, OUT_OF_TIME
     try:
         if bench.seconds_left < 2 * bench.put_seconds:
             raise TimeoutError
         with bench.applied(group[0].plan) as encoded:
-            rows.extend(_measured_case(bench, case, encoded, references) for case in group)
+            for case in group:
+                row = _measured_case(bench, case, encoded, references)
+                done += 1
+                yield row
     except torch.OutOfMemoryError as error:
-        rows += [
-            _row(bench, case.asked, case.plan, _first_line(error), case.is_chosen)
-            for case in group[len(rows) :]
-        ]
+        outcome = _first_line(error)
     except TimeoutError:
-        rows += [
-            _row(bench, case.asked, case.plan, OUT_OF_TIME, case.is_chosen) for case in group[len(rows) :]
-        ]
+        pass
+    yield from (_row(bench, case.asked, case.plan, outcome, case.is_chosen) for case in group[done:])
     bench.card.clear()
-    return rows
 
 
 def _measured_case(
@@ -328,35 +333,28 @@ PEERS: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
-def peers(bench: Bench, card_gib: int | None) -> list[Row]:
+def peers(bench: Bench, card_gib: int | None) -> Iterator[Row]:
     """What stock diffusers offers, each on a pipeline of its own with the same weights, and ours too."""
-    bench.warm_up()
-    rows: list[Row] = []
-    references: dict[Asked, Drawn] = _references(bench)
+    references = _references(bench)
     bench.card.limit(None if card_gib is None else card_gib * GIB)
-    rows += _ours(bench, references)
+    yield from ({"card_gib": card_gib, **row} for row in _ours(bench, references))
     prompt = bench.painter.plan(bench.scale.asked[0]).prompt
     del bench.painter, bench.model  # room on the host for the next
     for name, prepare in PEERS.items():
         # accelerate's hooks and diffusers' move weights where they want them; nothing of it may go on.
-        rows += _peer(bench, name, prepare, prompt, references)
+        yield from ({"card_gib": card_gib, **row} for row in _peer(bench, name, prepare, prompt, references))
     bench.card.limit(None)
-    return [{"card_gib": card_gib, **row} for row in rows]
 
 
-def _ours(bench: Bench, references: dict[Asked, Drawn]) -> list[Row]:
-    rows = []
+def _ours(bench: Bench, references: dict[Asked, Drawn]) -> Iterator[Row]:
     for asked in bench.scale.asked:
         try:
             chosen = bench.plan_for(asked)
         except DoesNotFit as error:
-            rows.append({**asdict(asked), "peer": "ours, as planned", "outcome": str(error)})
+            yield {**asdict(asked), "peer": "ours, as planned", "outcome": str(error)}
             continue
-        rows += [
-            {"peer": "ours, as planned", **row}
-            for row in _measured(bench, [_Case(asked, chosen, True)], references)
-        ]
-    return rows
+        for row in _measured(bench, [_Case(asked, chosen, True)], references):
+            yield {"peer": "ours, as planned", **row}
 
 
 def _peer(
@@ -365,24 +363,24 @@ def _peer(
     prepare: Callable[[Any, str], Any],
     prompt: str,
     references: dict[Asked, Drawn],
-) -> list[Row]:
+) -> Iterator[Row]:
     """A peer's rows. What it cannot do is a result, with the reason."""
-    rows: list[Row] = []
     wanted = bench.scale.asked
-    outcome = OUT_OF_TIME
+    done, outcome = 0, OUT_OF_TIME
     bench.card.clear()
     try:
-        if bench.seconds_left > 0:
+        if bench.seconds_left > 2 * bench.build_seconds:
             model = build(bench.card.device, bench.scale.tiny)
             prepare(model.pipeline, bench.card.device)
-            rows.extend(_peer_case(bench, model, name, prompt, asked, references) for asked in wanted)
+            for asked in wanted:
+                row = _peer_case(bench, model, name, prompt, asked, references)
+                done += 1
+                yield row
     except TimeoutError:
         pass
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         outcome = _first_line(error)
-    rows += [{**asdict(asked), "peer": name, "outcome": outcome} for asked in wanted[len(rows) :]]
-    bench.card.clear()
-    return rows
+    yield from ({**asdict(asked), "peer": name, "outcome": outcome} for asked in wanted[done:])
 
 
 def _peer_case(
@@ -460,7 +458,7 @@ class CardPlanner:
         return (width_px, height_px)
 
 
-def fragmentation(bench: Bench, with_measures: bool, card_gib: int) -> list[Row]:
+def fragmentation(bench: Bench, with_measures: bool, card_gib: int) -> Iterator[Row]:
     """Pictures alternating between the resolutions: after each, what is reserved and how much in pieces.
 
     With our measures a keeper plans and tidies up between pictures, and the process was started with
@@ -474,30 +472,26 @@ def fragmentation(bench: Bench, with_measures: bool, card_gib: int) -> list[Row]
         sizes[(number * 5 + number // len(sizes)) % len(sizes)] for number in range(bench.scale.pictures)
     ]
     draw = _kept(bench, steps) if with_measures else _left_alone(bench, steps)
-    rows: list[Row] = []
     bench.card.begin_peaks()
     with draw as picture:
         for number, (width, height) in enumerate(order):
+            row = {"card_gib": card_gib, "number": number, "with_measures": with_measures}
             if bench.seconds_left < 0:
-                rows.append({"number": number, "with_measures": with_measures, "outcome": OUT_OF_TIME})
+                yield {**row, "outcome": OUT_OF_TIME}
                 break
             try:
                 told = picture(Asked(width, height, 1.0, steps))
             except (torch.OutOfMemoryError, OutOfMemory) as error:
                 told = {"outcome": _first_line(error)}
-            rows.append(
-                {
-                    "number": number,
-                    "with_measures": with_measures,
-                    "width_px": width,
-                    "height_px": height,
-                    "outcome": "drawn",
-                    **told,
-                    **_pool(bench.card, number % len(sizes) == len(sizes) - 1),
-                }
-            )
+            yield {
+                **row,
+                "width_px": width,
+                "height_px": height,
+                "outcome": "drawn",
+                **told,
+                **_pool(bench.card, number % len(sizes) == len(sizes) - 1),
+            }
     bench.card.limit(None)
-    return [{"card_gib": card_gib, **row} for row in rows]
 
 
 def _pool(card: Card, is_end_of_round: bool) -> Row:
@@ -617,7 +611,7 @@ _PLACES: dict[Stage, tuple[str, str]] = {
 }
 
 
-def oom(bench: Bench, stage: Stage, card_gib: int) -> list[Row]:
+def oom(bench: Bench, stage: Stage, card_gib: int) -> Iterator[Row]:
     """A hog takes the memory in the middle of `stage`: what the ladder did, and the pictures after it.
 
     The hog stays for the request that it fell on and the next one, then lets go; the planner does not know.
@@ -628,15 +622,14 @@ def oom(bench: Bench, stage: Stage, card_gib: int) -> list[Row]:
     asked = bench.scale.asked[0]
     with _kept(bench, asked.steps) as picture:
         reference = picture(asked)
-    rows: list[Row] = []
     for accident in _ACCIDENTS:
         # A refusal has tried every residency first.
         moves = len(Residency) + 2 if accident.greedy else 3
         is_over = bench.seconds_left < moves * bench.put_seconds
         told = {"accident": OUT_OF_TIME} if is_over else _accident(bench, stage, accident, asked, reference)
-        rows.append({"stage": stage, **asdict(accident), **told})
+        row = {"card_gib": card_gib, "is_real": bench.card.is_cuda, "stage": stage}
+        yield {**row, **asdict(accident), **told}
     bench.card.limit(None)
-    return [{"card_gib": card_gib, "is_real": bench.card.is_cuda, **row} for row in rows]
 
 
 def _accident(bench: Bench, stage: Stage, accident: _Accident, asked: Asked, reference: Row) -> Row:

@@ -263,7 +263,7 @@ def _conditions(results: Sequence[Row]) -> list[str]:
     """Machine, rates and model, once for each that differs."""
     told: dict[str, None] = {}
     for result in results:
-        if "failed" in result:
+        if "machine" not in result:
             continue
         machine, speed = result["machine"], result["speed"]
         told[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,45 @@ def test_a_job_that_ended_badly_is_named(tmp_path: Path) -> None:
     assert "- oom encode: status 9" in markdown([failed])
     bench.write_reports([failed], tmp_path / "one.json", tmp_path / "one.md")
     assert json.loads((tmp_path / "one.json").read_text())["results"] == [failed]
+
+
+def test_what_was_measured_before_a_job_s_process_ended_is_kept(
+    results: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = [job for job in bench.jobs(tiny=True) if (job.part, job.name) == ("fragmentation", "with")]
+    kept: list[str] = []
+    whole = bench.run_job(job, "cpu", True, 60.0, lambda so_far: kept.append(json.dumps(so_far)))
+    so_far = json.loads(kept[4])
+    assert [row["number"] for row in so_far["rows"]] == [0, 1, 2, 3, 4]
+    assert "failed" in so_far and "failed" not in whole
+
+    (tmp_path / "so-far.json").write_text(kept[4])
+    python = tmp_path / "python"  # writes five rows, as the job did, and dies
+    python.write_text(
+        f'#!/bin/sh\nwhile [ "$1" != --answer ]; do shift; done\ncp {tmp_path}/so-far.json "$2"\nkill -9 $$\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    told = bench.run_apart(job, "cpu", True, 60.0)
+    assert (len(told["rows"]), told["failed"]) == (5, "the job's process ended with status -9")
+    report = markdown([told])
+    assert "- fragmentation with: the job's process ended with status -9" in report
+    assert "Random weights, the tiny shape" in report
+
+
+def test_the_report_is_made_again_without_measuring(stored: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.md"
+    assert bench.main(["--part", "report", "--json", str(stored / "all.json"), "--markdown", str(again)]) == 0
+    assert again.read_text() == (stored / "all.md").read_text()
+    assert bench.main(["--part", "report", "--json", str(tmp_path / "none.json")]) == 2
+
+
+def test_what_is_planned_is_measured_first_and_the_disk_last(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        if result["part"] == "limited":
+            ways = [row["residency"] for row in result["rows"] if not row["is_chosen"]]
+            assert result["rows"][0]["is_chosen"]
+            assert ways[-1] == Residency.DISK.value
 
 
 def test_a_job_has_a_process_of_its_own_with_its_allocator() -> None:

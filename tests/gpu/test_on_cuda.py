@@ -35,7 +35,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def test_every_residency_draws_the_resident_picture_within_its_prediction(bench: Bench) -> None:
-    rows = residencies(bench, 12)
+    rows = list(residencies(bench, 12))
     assert rows
     for row in rows:
         assert row["outcome"] == "drawn", row["way"]

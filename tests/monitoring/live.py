@@ -41,6 +41,8 @@ from zimage_engine.types import DeviceStatus, ModelDescription
 
 APPLICATION, CONSTRUCTED = "zimage-turbo", "constructed"
 LOG_NAME = "serve.log"
+#: Where Ray says at which ports its own metrics are, below its folder.
+RAYS_TARGETS = Path("ray", "prom_metrics_service_discovery.json")
 #: The id of one request, which its client chose.
 TRACED = "a-client-chose-this"
 URL = "/v1/images/generations"
@@ -67,6 +69,7 @@ class Counted:
     warnings: Counter[str] = field(default_factory=Counter)
     pictures: int = 0
     pixels: int = 0
+    refined: int = 0
     trips: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -80,9 +83,12 @@ class Counted:
             self.pictures += len(body["data"])
             width, height = map(int, body["size"].split("x"))
             self.pixels += len(body["data"]) * width * height
-            for picture in body["data"]:
+            for number, picture in enumerate(body["data"]):
+                self.refined += picture["refined"]
                 for warning in picture["warnings"]:
-                    self.warnings[warning["code"]] += 1
+                    # What concerns the request stands with each of its pictures, and is one warning.
+                    if number == 0 or not warning["code"].endswith("_outside_range"):
+                        self.warnings[warning["code"]] += 1
                     if warning["code"] == "guard_recovered":
                         (steps,) = re.findall(r"at steps? ([\d, ]+) was", warning["message"])
                         self.trips += len(steps.split(","))
@@ -96,7 +102,7 @@ class Counted:
 class Observed:
     """What is there when the load is over; `killed` is the killed worker's name in the label `replica`.
 
-    `log` is the file with everything that the application writes to the terminal.
+    `log` is the file with everything that the application writes to the terminal, `process` what started it.
     """
 
     prometheus: httpx.Client
@@ -106,6 +112,7 @@ class Observed:
     began: float
     ended: float
     log: Path
+    process: psutil.Process
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """What an instant query gives now."""
@@ -121,6 +128,13 @@ class Observed:
         assert answer.status_code == 200, f"{expression}: {answer.text}"
         result: list[dict[str, Any]] = answer.json()["data"]["result"]
         return result
+
+    def exemplars(self, expression: str) -> list[dict[str, Any]]:
+        """The exemplars that a panel with this expression would show of the whole run."""
+        span: dict[str, Any] = {"query": expression, "start": self.began, "end": self.ended}
+        answer = self.prometheus.get("/api/v1/query_exemplars", params=span)
+        assert answer.status_code == 200, f"{expression}: {answer.text}"
+        return [each for series in answer.json()["data"] for each in series["exemplars"]]
 
     def by(self, label: str, expression: str) -> dict[str, float]:
         """The values of a query by one of its labels."""
@@ -138,16 +152,20 @@ def observed_application() -> Iterator[Observed]:
         application = stack.enter_context(_application(folder, port))
         stack.enter_context(_constructed_worker(figures_port))
         targets = {APPLICATION: port, CONSTRUCTED: figures_port}
-        prometheus = stack.enter_context(prometheus_over(folder / "prometheus", prometheus_port, targets))
+        prometheus = stack.enter_context(
+            prometheus_over(folder / "prometheus", prometheus_port, targets, folder / RAYS_TARGETS)
+        )
         client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=START_SECONDS))
         began = time.time()
-        _until(lambda: "zimage_build_info" in prometheus.get("/api/v1/label/__name__/values").text)
+        until(lambda: "zimage_build_info" in prometheus.get("/api/v1/label/__name__/values").text)
         counted = Counted()
         killed = _load(client, counted, application)
         settled_at = time.time()
-        # A round of scrapes and one of rules after the last change.
-        _until(lambda: time.time() > settled_at + 6)
-        yield Observed(prometheus, client, counted, killed, began, time.time(), folder / LOG_NAME)
+        # A round of scrapes and one of rules after the last change; Ray hands its own on every ten seconds.
+        until(lambda: time.time() > settled_at + 15)
+        yield Observed(
+            prometheus, client, counted, killed, began, time.time(), folder / LOG_NAME, application
+        )
 
 
 def application_of(panel: Panel) -> str:
@@ -177,18 +195,18 @@ def _load(client: httpx.Client, counted: Counted, application: psutil.Process) -
             client.post(URL, json=ENDLESS, timeout=2)
             raise AssertionError("a picture that nobody can wait for was drawn")
         counted.left()
-        _until(lambda: _busy(client) == [])
+        until(lambda: _busy(client) == [])
         # More than two workers and two queues of one hold.
         list(senders.map(draw, [LONG] * 14))
         assert counted.outcomes["queue_full"] > 0, counted
         # One alone, whose worker dies under it.
-        _until(lambda: _busy(client) == [])
+        until(lambda: _busy(client) == [])
         sent = senders.submit(draw, LONG | {"n": 5})
-        _until(lambda: len(_busy(client)) == 1)
+        until(lambda: len(_busy(client)) == 1)
         (killed,) = _busy(client)
         _drawing_process(application).kill()
         sent.result()
-        _until(lambda: len(_workers(client)) == 2 and killed not in _workers(client))
+        until(lambda: len(_workers(client)) == 2 and killed not in _workers(client))
         list(senders.map(draw, [QUICK] * 4))
     assert draw(QUICK, TRACED).headers["x-request-id"] == TRACED
     return killed
@@ -207,11 +225,14 @@ def _workers(client: httpx.Client) -> list[str]:
     return list(_values(client, "zimage_worker_up"))
 
 
+def replicas_of(application: psutil.Process, deployment: str) -> list[psutil.Process]:
+    """The processes of a deployment's replicas."""
+    return [each for each in application.children(recursive=True) if deployment in "".join(each.cmdline())]
+
+
 def _drawing_process(application: psutil.Process) -> psutil.Process:
     """The worker that computes; its process does not tell its replica's name."""
-    workers = [
-        each for each in application.children(recursive=True) if "ImageWorker" in "".join(each.cmdline())
-    ]
+    workers = replicas_of(application, "ImageWorker")
     assert len(workers) == 2, workers
     before = [sum(each.cpu_times()[:2]) for each in workers]
     time.sleep(0.5)
@@ -219,7 +240,7 @@ def _drawing_process(application: psutil.Process) -> psutil.Process:
     return workers[spent.index(max(spent))]
 
 
-def _until(condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+def until(condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -271,22 +292,33 @@ def _application(folder: Path, port: int) -> Iterator[psutil.Process]:
     }
     command = [str(Path(sys.executable).parent / "serve"), "run", str(file)]
     with _running(command, folder / LOG_NAME, environment) as process:
-        _until(lambda: process.poll() is not None or _answers(f"http://127.0.0.1:{port}/readyz"))
+        until(lambda: process.poll() is not None or _answers(f"http://127.0.0.1:{port}/readyz"))
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-            _until(lambda: process.poll() is not None or len(_workers(client)) == 2)
+            until(lambda: process.poll() is not None or len(_workers(client)) == 2)
         assert process.poll() is None, (folder / LOG_NAME).read_text(encoding="utf-8")
         yield psutil.Process(process.pid)
 
 
 @contextmanager
-def prometheus_over(folder: Path, port: int, targets: dict[str, int]) -> Iterator[httpx.Client]:
-    """Debian's Prometheus with our rules and our scrape configuration, but looking every other second."""
+def prometheus_over(
+    folder: Path, port: int, targets: dict[str, int], rays_targets: Path | None = None
+) -> Iterator[httpx.Client]:
+    """Debian's Prometheus with our rules and our scrape configuration, but looking every few seconds.
+
+    With the file of Ray's targets the job that stands there as a comment is there too.
+    """
     folder.mkdir()
-    config = yaml.safe_load((RULES.parent / "prometheus.yml").read_text(encoding="utf-8"))
-    config["global"] = {"scrape_interval": "2s", "evaluation_interval": "1s"}
+    text = (RULES.parent / "prometheus.yml").read_text(encoding="utf-8")
+    if rays_targets is not None:
+        before, commented = text.split("  # - job_name: ray\n")
+        job_of_ray = "  - job_name: ray\n" + re.sub("^  # ", "  ", commented.split("\n\n")[0], flags=re.M)
+        text = before + job_of_ray.replace("/tmp/ray/prom_metrics_service_discovery.json", str(rays_targets))
+    config = yaml.safe_load(text)
+    # A scrape that is late would leave holes: while it draws, a small machine answers after a second or two.
+    config["global"] = {"scrape_interval": "4s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(RULES / "*.yml")]
-    (job,) = config["scrape_configs"]
-    job["scrape_timeout"] = "2s"
+    job = next(each for each in config["scrape_configs"] if each["job_name"] == "zimage-turbo")
+    job["scrape_timeout"] = "4s"
     job["static_configs"] = [
         {"targets": [f"127.0.0.1:{at}"], "labels": {"namespace": "test", "application": application}}
         for application, at in targets.items()
@@ -303,7 +335,7 @@ def prometheus_over(folder: Path, port: int, targets: dict[str, int]) -> Iterato
     ]
     with _running(command, folder / "log") as process:
         address = f"http://127.0.0.1:{port}"
-        _until(lambda: process.poll() is not None or _answers(f"{address}/-/ready"))
+        until(lambda: process.poll() is not None or _answers(f"{address}/-/ready"))
         assert process.poll() is None, (folder / "log").read_text(encoding="utf-8")
         with httpx.Client(base_url=address, timeout=30) as client:
             yield client

@@ -24,6 +24,15 @@ def names_in(expression: str) -> set[str]:
     return {str(selector.name) for selector in _selectors(promql_parser.parse(expression))}
 
 
+def matchers_in(expression: str) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What an expression narrows its metrics by: metric, label, and the values that are written out."""
+    return [
+        (str(selector.name), matcher.name, tuple(matcher.value.split("|")))
+        for selector in _selectors(promql_parser.parse(expression))
+        for matcher in selector.matchers.matchers
+    ]
+
+
 def selectors(expression: str) -> list[str]:
     """What an expression reads, each as an expression of its own."""
     return [selector.prettify() for selector in _selectors(promql_parser.parse(expression))]

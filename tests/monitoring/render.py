@@ -23,6 +23,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from monitoring.panels import DASHBOARDS, Dashboard, Panel
 from tests.monitoring.live import Observed, application_of, observed_application
@@ -32,6 +33,9 @@ from tests.monitoring.queries import filled_in
 FIGURES, LINES = 6, 3
 WIDTH, FIGURE_HEIGHT, LINE_HEIGHT = 16.0, 1.6, 2.7
 COLOURS = {"green": "#37872d", "orange": "#d9730d", "red": "#c4162a", "text": "#333333"}
+
+#: The text of a PNG that tells the panels on it.
+PANELS = "panels"
 
 Series = list[tuple[str, list[float], list[float]]]
 
@@ -52,10 +56,14 @@ def shown(value: float, unit: str) -> str:
 
 
 def series_of(observed: Observed, panel: Panel) -> Series:
+    """Each series' name, moments since the run began, and values; of a figure the one value of now."""
     found: Series = []
     for query in panel.queries:
-        for each in observed.over_time(filled_in(query.expression, application_of(panel))):
-            points = [(float(at) - observed.began, float(value)) for at, value in each["values"]]
+        expression = filled_in(query.expression, application_of(panel))
+        asked = observed.query(expression) if panel.is_figure else observed.over_time(expression)
+        for each in asked:
+            timed = [each["value"]] if panel.is_figure else each["values"]
+            points = [(float(at) - observed.began, float(value)) for at, value in timed]
             points = [(at, value) for at, value in points if math.isfinite(value)]
             if points:
                 found.append((_legend(query.legend, each["metric"]), *map(list, zip(*points, strict=True))))  # type: ignore[arg-type]
@@ -80,12 +88,24 @@ def draw_dashboard(observed: Observed, dashboard: Dashboard, file: Path) -> None
     cells = below.subplots(rows, LINES, squeeze=False).ravel()
     for axes, panel in zip(cells, lines, strict=False):
         _draw_lines(axes, panel, series_of(observed, panel))
+        if panel.has_exemplars:
+            _draw_dots(axes, observed, panel)
     for axes in cells[len(lines) :]:
         axes.axis("off")
     drawn = io.BytesIO()
     sheet.savefig(drawn)
     pyplot.close(sheet)
-    Image.open(drawn).convert("RGB").quantize(64).save(file, optimize=True)
+    told = PngInfo()
+    told.add_text(PANELS, panels_of(dashboard))
+    few_colours = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+    few_colours.save(file, optimize=True, pnginfo=told)
+
+
+def panels_of(dashboard: Dashboard) -> str:
+    """What a picture of it shows; it stands in the PNG under PANELS, so that an old picture is known."""
+    return "\n".join(
+        f"{panel.title}: {query.expression}" for panel in dashboard.panels for query in panel.queries
+    )
 
 
 def _draw_figure(axes: Any, panel: Panel, series: Series) -> None:
@@ -118,8 +138,12 @@ def _draw_lines(axes: Any, panel: Panel, series: Series) -> None:
     else:
         for name, times, values in series:
             axes.plot(times, values, label=name, linewidth=1.2)
-    # Room for the names above the lines.
-    axes.set_ylim(bottom=0, top=panel.highest or 1.35 * axes.get_ylim()[1])
+    highest = max((value for *_, values in series for value in values), default=0.0)
+    if panel.is_stacked:
+        highest = axes.get_ylim()[1]
+    # Room for the names above the lines, and below them, so that a line at zero is seen.
+    top = panel.highest or 1.35 * (highest or 1.0)
+    axes.set_ylim(bottom=-0.02 * top, top=1.02 * top if panel.highest else top)
     axes.set_xlabel("seconds", fontsize=7, labelpad=1)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, panel.unit)))
@@ -127,6 +151,18 @@ def _draw_lines(axes: Any, panel: Panel, series: Series) -> None:
     axes.grid(alpha=0.3)
     if series:
         axes.legend(fontsize=6.5, loc="upper left", ncols=2 if len(series) > 4 else 1, framealpha=0.6)
+
+
+def _draw_dots(axes: Any, observed: Observed, panel: Panel) -> None:
+    """Single requests, as Grafana shows exemplars."""
+    found = {
+        (float(each["timestamp"]) - observed.began, float(each["value"]))
+        for query in panel.queries
+        for each in observed.exemplars(filled_in(query.expression, application_of(panel)))
+    }
+    at, seconds = zip(*sorted(found), strict=True) if found else ((), ())
+    axes.plot(at, seconds, "D", markersize=3, color="#37872d", alpha=0.7, label="single requests")
+    axes.legend(fontsize=6.5, loc="upper left", framealpha=0.6)
 
 
 def _title(panel: Panel) -> str:

@@ -50,6 +50,7 @@ SOUND = {
 #: From minute 400 on one worker is gone: its series end.
 GONE = "1x399 stale"
 IN_TIME = 'zimage_request_seconds_bucket{replica="front",le="30.0"}'
+MISTAKEN = 'zimage_requests_total{replica="front",outcome="invalid_value"}'
 FAILED = 'zimage_requests_total{replica="front",outcome="internal_error"}'
 TRIPS = 'zimage_guard_trips_total{replica="front",stage="denoise"}'
 IN_FLIGHT = 'zimage_requests_in_flight{replica="front"}'
@@ -106,6 +107,13 @@ CASES = (
     Case("nearly all were slow and are no more", {IN_TIME: "0+60x399 23940+6x60 24300+60x20"}, 470),
     Case("three in a hundred fail", {FAILED: "0+2x480"}, 479),
     Case("one in ten fails", {FAILED: "0+10x480"}, 479, fires("RequestsFail")),
+    Case(
+        "one in ten fails among many mistaken ones",
+        {FAILED: "0+10x480", MISTAKEN: "0+6000x480"},
+        479,
+        fires("RequestsFail"),
+    ),
+    Case("only callers' mistakes", {MISTAKEN: "0+6000x480"}, 479),
     Case("one bad value in ten pictures", {TRIPS: "0+6x480"}, 479),
     Case("one bad value in two pictures", {TRIPS: "0+30x480"}, 479, fires("GuardTripsOften")),
     Case("out of memory once, long ago", {OOM: "0x399 1x80"}, 440),

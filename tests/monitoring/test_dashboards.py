@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import promql_parser
@@ -14,8 +15,9 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from monitoring.generate import HERE, RULES, derived_files
 from monitoring.panels import DASHBOARDS
-from serve_app.metrics import ROWS, SECONDS_BUCKETS
-from tests.monitoring.queries import filled_in, names_in, row_of
+from serve_app.error_mapping import ROWS as ANSWERS
+from serve_app.metrics import REPLICA, ROWS, SECONDS_BUCKETS
+from tests.monitoring.queries import filled_in, matchers_in, names_in, row_of
 
 JSON_FILES = sorted((HERE / "grafana" / "dashboards").glob("*.json"))
 PANELS = [(dashboard, panel) for dashboard in DASHBOARDS for panel in dashboard.panels]
@@ -76,15 +78,67 @@ def test_panels_lie_side_by_side_and_none_on_another(file: Path) -> None:
         taken |= cells
 
 
-def read_names() -> set[str]:
+def read_expressions() -> list[str]:
     queries = [filled_in(query.expression) for _, panel in PANELS for query in panel.queries]
-    rules = [rule["expr"] for group in RULE_GROUPS for rule in group["rules"]]
-    return {name for expression in (*queries, *rules) for name in names_in(expression)}
+    return queries + [rule["expr"] for group in RULE_GROUPS for rule in group["rules"]]
+
+
+def read_names() -> set[str]:
+    return {name for expression in read_expressions() for name in names_in(expression)}
 
 
 def test_every_name_in_a_query_is_declared() -> None:
     unknown = {name for name in read_names() if row_of(name) is None} - RECORDED - {"up"}
     assert unknown == set()
+
+
+def test_every_name_in_any_text_is_declared() -> None:
+    """Runbooks, comments, variables and the page too; recorded series are written `level:name:operation`."""
+    texts = [file for kind in ("*.md", "*.py", "*.yml", "*.yaml", "*.json") for file in HERE.rglob(kind)]
+    named = {
+        name
+        for file in texts
+        for name in re.findall(r"(?<![\w:])zimage_\w+(?!\w|:)", file.read_text(encoding="utf-8"))
+    }
+    rows = {row.name for row in ROWS}
+    unknown = {name for name in named if row_of(name) is None and name not in rows}
+    assert unknown - {"zimage_api_key"} == set() and len(named) > len(ROWS)
+
+
+#: Labels that a scrape and the client library add.
+ADDED = {REPLICA, "namespace", "application", "job", "le"}
+
+
+def test_what_queries_narrow_by_is_in_the_closed_sets() -> None:
+    """A label or a value that no series has would leave a panel empty and an alert silent for good."""
+    wrong = []
+    for name, label, values in (each for text in read_expressions() for each in matchers_in(text)):
+        row = row_of(name)
+        if row is None or label in ADDED:
+            continue
+        if not set(values) <= set(row.labels.get(label, ())):
+            wrong.append((name, label, values))
+    assert wrong == []
+
+
+def test_the_share_that_fails_is_of_every_error_that_is_the_servers() -> None:
+    (rule,) = [
+        rule
+        for group in RULE_GROUPS
+        for rule in group["rules"]
+        if rule.get("record") == "application:zimage_requests_failed:ratio_rate5m"
+    ]
+    failed, served = (values for _, label, values in matchers_in(rule["expr"]) if label == "outcome")
+    # Whatever stopped the drawing, nobody waited for it any more.
+    ours = {row.code for row in ANSWERS.values() if row.status >= 500} - {"cancelled"}
+    assert set(failed) == ours and set(served) == ours | {"ok"}
+
+
+def test_a_figure_is_what_is_true_now() -> None:
+    for file in JSON_FILES:
+        for panel in json.loads(file.read_text(encoding="utf-8"))["panels"]:
+            asked = {(target.get("instant"), target.get("range")) for target in panel["targets"]}
+            assert asked == {(True, False) if panel["type"] == "stat" else (False, True)}, panel["title"]
 
 
 def shown_names() -> set[str]:

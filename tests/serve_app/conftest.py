@@ -57,7 +57,9 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 def client_of(app: FastAPI) -> httpx.AsyncClient:
     """An HTTP client that talks to the app without a socket, and waits for slow machines."""
     return httpx.AsyncClient(
-        transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://server", timeout=300
+        transport=httpx.ASGITransport(app, raise_app_exceptions=False),
+        base_url="http://localhost",
+        timeout=300,
     )
 
 

@@ -24,7 +24,7 @@ QUICK = {"num_inference_steps": 1, "guidance_scale": 1, "size": "64x64"}
 @pytest.fixture
 async def openai_client(client: httpx.AsyncClient) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(
-        api_key="none", base_url="http://server/v1", http_client=client, max_retries=0
+        api_key="none", base_url="http://localhost/v1", http_client=client, max_retries=0
     ) as openai_client:
         yield openai_client
 
@@ -179,7 +179,7 @@ async def test_the_docs_tell_of_the_routes_and_the_fields_and_ask_no_other_host(
     docs = (await client.get("/docs")).text
     for told in (f"POST {URL}", "GET /v1/models", "/readyz", "guidance_scale", "Conventional w", "429"):
         assert told in docs, told
-    assert set(re.findall(r"https?://[^/\s\"']+", docs)) == {"http://server"}
+    assert set(re.findall(r"https?://[^/\s\"']+", docs)) == {"http://localhost"}
     assert "<script" not in docs and "<link" not in docs
     described = (await client.get("/openapi.json")).json()
     assert {"/healthz", "/metrics", "/readyz", URL, "/v1/models"} <= set(described["paths"])

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -19,11 +20,12 @@ from typer.testing import CliRunner, Result
 
 from serve_app import cli, terminal
 from serve_app.image_codec import ImageEncoding
+from serve_app.settings import ALLOCATOR_VARIABLES
 from tests.serve_app.test_metrics import REPORT
 from tests.stand_in_hub import StandInHub
 from tests.zimage_engine.tiny_models.lora import write_lora
 from tests.zimage_engine.tiny_models.pixart import write_tiny_pixart
-from zimage_engine.engine import DEMO_MODEL_PATH
+from zimage_engine.engine import DEMO_MODEL_PATH, Engine
 from zimage_engine.errors import InvalidRequest
 from zimage_engine.types import PromptCacheUse
 
@@ -513,6 +515,29 @@ def test_every_format_of_an_ending_is_one_that_can_be_written() -> None:
         ImageEncoding(file_format)
     with pytest.raises(InvalidRequest):
         ImageEncoding("gif")  # type: ignore[arg-type]
+
+
+def test_the_allocator_is_told_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def load(*_: Any, **__: Any) -> None:
+        told.append({name: os.environ.get(name) for name in ALLOCATOR_VARIABLES})
+        raise InvalidRequest("that is all", "model")
+
+    monkeypatch.setattr(Engine, "load", load)
+    for name in ALLOCATOR_VARIABLES:  # set first, so that what was there comes back afterwards
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    command = ("generate", "a star", "-o", str(tmp_path / "star.png"), *QUICK)
+    assert run(*command).stderr.strip().endswith("that is all")
+    monkeypatch.setenv(ALLOCATOR_VARIABLES[0], "backend:cudaMallocAsync")
+    run(*command)
+    assert told == [
+        {ALLOCATOR_VARIABLES[0]: "expandable_segments:True", ALLOCATOR_VARIABLES[1]: None},
+        {ALLOCATOR_VARIABLES[0]: "backend:cudaMallocAsync", ALLOCATOR_VARIABLES[1]: None},
+    ]
 
 
 def test_memory_is_a_card_s_and_a_size_has_a_unit(tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ def test_an_early_refusal_leaves_the_connection_whole(over_a_socket: int) -> Non
 
 
 def test_who_waits_for_leave_to_send_is_refused_at_once(over_a_socket: int) -> None:
-    request = b"POST /v1/echo HTTP/1.1\r\nHost: a\r\nContent-Length: 5000\r\nExpect: 100-continue\r\n\r\n"
+    request = (
+        b"POST /v1/echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\nExpect: 100-continue\r\n\r\n"
+    )
     with socket.create_connection(("127.0.0.1", over_a_socket), timeout=3) as connection:
         connection.sendall(request)
         answer = connection.makefile("rb").read()

@@ -65,12 +65,13 @@ def test_the_front_stays_open_where_its_person_opened_it(tmp_path: Path) -> None
     ]
 
 
-def test_serves_own_headers_are_stripped_at_the_front(tmp_path: Path) -> None:
+def test_serves_own_headers_are_stripped_at_the_front_and_slow_ones_given_up(tmp_path: Path) -> None:
     lines = mended(rendered(tmp_path, "127.0.0.1")).splitlines()
     front = lines.index("frontend http_frontend")
-    assert [line.strip() for line in lines[front + 2 : front + 4]] == [
+    assert [line.strip() for line in lines[front + 2 : front + 5]] == [
         "http-request del-header x-request-timeout-seconds",
         "http-request del-header x-request-disconnect-disabled",
+        "timeout http-request 20s",
     ]
 
 

@@ -32,6 +32,7 @@ from serve_app.metrics import (
     WorkerMetrics,
     merged,
 )
+from serve_app.ui.texts import NOTICES_IN_CHINESE
 from tests.serve_app.test_openai_schema import MODEL
 from tests.serve_app.wrong_inputs import WRONG_INPUTS
 from zimage_engine import quality
@@ -254,6 +255,9 @@ def test_a_memory_keepers_totals_become_counters() -> None:
 def test_names_and_units_are_told_once() -> None:
     assert len({row.name for row in ROWS}) == len(ROWS)
     assert all(row.name.startswith("zimage_") and row.help.endswith(".") and row.unit for row in ROWS)
+    for row in ROWS:
+        for unit in ("seconds", "bytes", "ratio"):
+            assert row.name.endswith(f"_{unit}") == (row.unit == unit), row
 
 
 #: What Prometheus is to keep for one replica at the most.
@@ -285,7 +289,7 @@ def test_the_closed_sets_are_those_of_the_code() -> None:
     answers = {row.code for row in error_mapping.ROWS.values()}
     assert answers <= set(OUTCOMES)
     assert set(RUNGS) == set(recovery.RUNGS)
-    assert set(quality.CODES) <= set(WARNINGS)
+    assert set(quality.CODES) <= set(WARNINGS) == set(NOTICES_IN_CHINESE)
     assert set(OFFLOAD_MODES) == {residency.value for residency in Residency}
     assert set(OOM_OUTCOMES) == set(get_args(oom.Rung))
     assert set(OOM_STAGES) == set(get_args(oom.Stage))

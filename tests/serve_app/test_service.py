@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
@@ -18,13 +18,16 @@ from serve_app.error_mapping import ModelNotReady, WorkerLost
 from serve_app.image_codec import ImageEncoding
 from serve_app.ingress import build_asgi_app
 from serve_app.metrics import ServerMetrics
-from serve_app.service import ImageService
+from serve_app.queueing import CallerLimited, Place, QueueFull
+from serve_app.routes.answers import asked_by
+from serve_app.service import ImageService, work_of
 from serve_app.settings import load_settings
 from serve_app.worker_reply import WorkerReply
 from tests.serve_app.conftest import client_of
 from tests.serve_app.test_openai_schema import MODEL
-from zimage_engine.errors import GenerationCancelled, InvalidRequest, InvalidSize
+from zimage_engine.errors import DeadlineExceeded, GenerationCancelled, InvalidRequest, InvalidSize
 from zimage_engine.prompts.enhancer import unchanged
+from zimage_engine.sampling.plan import resolve
 from zimage_engine.types import GenerationReport, GenerationRequest, PictureReport, StepProgress
 
 REQUEST = GenerationRequest(prompt="a red circle")
@@ -225,6 +228,8 @@ class Failure:
 FAILURES = (
     Failure(BackPressureError(64, 64), 429, "queue_full", True),
     Failure(InvalidRequest("seed is odd", "seed"), 400, "invalid_value", False),
+    Failure(QueueFull("full", {"Retry-After": "3"}), 429, "queue_full", True),
+    Failure(CallerLimited("too many", {"Retry-After": "3"}), 429, "rate_limit_exceeded", True),
     Failure(GenerationCancelled("stopped"), 503, "cancelled", True),
     Failure(RuntimeError("secret path /srv/model"), 500, "internal_error", False),
 )
@@ -305,3 +310,198 @@ class _Pending:
 
     def cancel(self) -> None:
         self.stopped.set()
+
+
+# --- the queue -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class HeldWorkers(ScriptedWorkers):
+    """Workers that finish a picture for each `leave`; `at_work` counts the requests handed to them."""
+
+    leave: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    at_work: int = 0
+
+    @property
+    def generate(self) -> Any:
+        return _Remote(lambda *given, **named: asyncio.ensure_future(self._draw(*given, **named)))
+
+    async def _draw(
+        self, request: GenerationRequest, encoding: ImageEncoding, trace_id: str = ""
+    ) -> WorkerReply:
+        self.at_work += 1
+        try:
+            await self.leave.acquire()
+            return await super()._draw(request, encoding, trace_id)
+        finally:
+            self.at_work -= 1
+
+    async def finish(self, pictures: int = 1) -> None:
+        for _ in range(pictures):
+            self.leave.release()
+            await asyncio.sleep(0.01)
+
+
+#: What one worker is handed at once.
+IN_HAND = 3
+
+
+async def ask(service: ImageService, name: str, seed: int, **named: Any) -> asyncio.Task[WorkerReply]:
+    request = GenerationRequest("a red circle", seed=seed)
+    task = asyncio.create_task(service.generate(request, PNG, asked_by=name, **named))
+    await asyncio.sleep(0.01)
+    return task
+
+
+async def test_workers_are_handed_what_they_can_have_at_hand_and_no_more() -> None:
+    workers = HeldWorkers()
+    service = service_over(workers)
+    asked = [await ask(service, "ann", seed) for seed in range(8)]
+    assert workers.at_work == IN_HAND
+    await workers.finish()
+    assert workers.at_work == IN_HAND and len(workers.seen) == 1
+    await workers.finish(7)
+    await asyncio.gather(*asked)
+    assert [request.seed for request in workers.seen] == list(range(8))
+
+
+async def test_more_workers_are_handed_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.service.COUNT_CACHE_SECONDS", 0)
+    workers = HeldWorkers()
+    service = service_over(workers)
+    asked = [await ask(service, "ann", seed) for seed in range(8)]
+    workers.alive = 2
+    await workers.finish()
+    assert workers.at_work == 5
+    workers.leave = asyncio.Semaphore(0)
+    for task in asked:
+        task.cancel()
+    await asyncio.wait(asked)
+    assert workers.at_work == 0
+
+
+async def test_one_pictures_turn_comes_before_anothers_many_on_every_path() -> None:
+    """Plain and with steps, as the stream and the page ask."""
+    workers = HeldWorkers()
+    service = service_over(workers)
+    many = [await ask(service, "ann", seed) for seed in range(20)]
+    places: list[Place] = []
+    plain = await ask(service, "bob", 100)
+    streamed = await ask(service, "cem", 200, on_progress=lambda step: None, on_place=places.append)
+    assert places == [Place(2, None)], "bob came before, and ann has had her part"
+    await workers.finish(22)
+    await asyncio.gather(*many, plain, streamed)
+    order = [request.seed for request in workers.seen]
+    assert order[:IN_HAND] == [0, 1, 2] and order[IN_HAND : IN_HAND + 2] == [100, 200]
+
+
+async def test_who_goes_away_while_waiting_costs_the_others_nothing() -> None:
+    workers = HeldWorkers()
+    service = service_over(workers)
+    asked = [await ask(service, "ann", seed) for seed in range(6)]
+    asked[4].cancel()
+    await asyncio.wait({asked[4]}, timeout=1)
+    assert asked[4].cancelled() and workers.at_work == IN_HAND
+    await workers.finish(5)
+    await asyncio.gather(*(task for task in asked if task is not asked[4]))
+    assert [request.seed for request in workers.seen] == [0, 1, 2, 3, 5]
+    assert 'zimage_requests_total{outcome="cancelled",replica="local"} 1.0' in await service.metrics_text()
+
+
+async def test_a_worker_that_dies_keeps_the_turn_of_its_request() -> None:
+    workers = ScriptedWorkers([died(), None, None])
+    await service_over(workers, max_queued_requests=1).generate(REQUEST, PNG)
+    service = service_over(ScriptedWorkers([died(), died(), *[None] * 9]), max_queued_requests=1)
+    with pytest.raises(WorkerLost):
+        await service.generate(REQUEST, PNG)
+    for _ in range(2 * IN_HAND):
+        await service.generate(REQUEST, PNG)
+
+
+async def test_the_time_of_a_request_counts_while_it_waits_and_while_it_is_drawn() -> None:
+    workers = HeldWorkers()
+    service = service_over(workers, request_seconds=0.2)
+    asked = [await ask(service, "ann", seed) for seed in range(5)]
+    ended = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(each) for each in ended] == [DeadlineExceeded] * 5
+    assert "within 0.2 seconds" in str(ended[0]) and workers.at_work == 0
+    text = await service.metrics_text()
+    assert 'zimage_requests_total{outcome="deadline_exceeded",replica="local"} 5.0' in text
+
+
+async def test_seconds_are_estimated_from_the_pictures_drawn() -> None:
+    """Those of the scripted workers tell 1 s each."""
+    workers = HeldWorkers(alive=1)
+    service, places = service_over(workers), list[Place]()
+    asked = [await ask(service, "ann", seed) for seed in range(IN_HAND + 2)]
+    await workers.finish()
+    asked.append(await ask(service, "ann", 9, on_place=places.append))
+    (place,) = places
+    assert place.position == 2 and place.seconds == pytest.approx(4.0, abs=0.5)
+    await workers.finish(len(asked))
+    await asyncio.gather(*asked)
+
+
+def test_work_is_pixels_times_steps_and_twice_that_with_guidance() -> None:
+    request = GenerationRequest("a", width=512, height=256, num_inference_steps=4, guidance_scale=1.0, n=3)
+    work = work_of(resolve(request, MODEL))
+    assert work == pytest.approx(512 * 256 / 1e6 * 4 * 3)
+    assert work_of(resolve(replace(request, guidance_scale=1.8), MODEL)) == pytest.approx(2 * work)
+
+
+URL = "/v1/images/generations"
+
+
+async def test_over_the_bound_the_answer_says_when_to_come_again() -> None:
+    workers = HeldWorkers()
+    service = service_over(workers, max_queued_requests=1)
+    asked = [await ask(service, "127.0.0.1", seed) for seed in range(IN_HAND + 1)]
+    async with client_of(build_asgi_app(service, load_settings(ui=False))) as client:
+        for more in ({}, {"stream": True}):
+            answer = await client.post(URL, json={"prompt": "a red circle"} | more)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+            assert (answer.headers["retry-after"], answer.headers["x-queue-position"]) == ("5", "2")
+    await workers.finish(len(asked))
+    await asyncio.gather(*asked)
+
+
+async def test_a_stream_tells_its_place_in_comments() -> None:
+    workers = HeldWorkers()
+    service = service_over(workers)
+    await service.description()
+    asked = [await ask(service, "ann", seed) for seed in range(IN_HAND)]
+    async with client_of(build_asgi_app(service, load_settings(ui=False))) as client:
+        streamed = asyncio.create_task(client.post(URL, json={"prompt": "a red circle", "stream": True}))
+        await asyncio.sleep(0.1)
+        await workers.finish(IN_HAND + 1)
+        text = (await streamed).text
+    assert text.startswith(": queue position 1\n\n: step 1/2") and "image_generation.completed" in text
+    await asyncio.gather(*asked)
+
+
+async def test_requests_a_minute_are_told_by_openais_headers() -> None:
+    service = service_over(ScriptedWorkers(), requests_a_minute=2)
+    async with client_of(build_asgi_app(service, load_settings(ui=False))) as client:
+        plain = await client.post(URL, json={"prompt": "a red circle"})
+        streamed = await client.post(URL, json={"prompt": "a red circle", "stream": True})
+        refused = await client.post(URL, json={"prompt": "a red circle"})
+    left = [answer.headers["x-ratelimit-remaining-requests"] for answer in (plain, streamed, refused)]
+    assert (plain.status_code, streamed.status_code, refused.status_code) == (200, 200, 429)
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert left == ["1", "0", "0"] and plain.headers["x-ratelimit-limit-requests"] == "2"
+    assert plain.headers["x-ratelimit-reset-requests"].endswith("s")
+    assert int(refused.headers["retry-after"]) <= 30
+
+
+async def test_without_a_limit_there_are_no_such_headers() -> None:
+    app = build_asgi_app(service_over(ScriptedWorkers()), load_settings(ui=False))
+    async with client_of(app) as client:
+        answer = await client.post(URL, json={"prompt": "a red circle"})
+    assert not [name for name in answer.headers if name.startswith("x-ratelimit")]
+
+
+async def test_keys_have_a_line_each_and_addresses_where_there_are_none() -> None:
+    assert asked_by({"client": ("10.0.0.1", 5), "state": {"caller": "ann"}}) == "ann"
+    assert asked_by({"client": ("10.0.0.1", 5), "state": {}}) == asked_by({"client": ("10.0.0.1", 9)})
+    assert asked_by({"client": None}) == "unknown"

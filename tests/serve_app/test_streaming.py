@@ -61,7 +61,7 @@ async def test_openais_client_reads_previews_and_the_picture(
 ) -> None:
     plain = (await client.post(URL, json=ASKED)).json()["data"][0]
     async with openai.AsyncOpenAI(
-        api_key="none", base_url="http://server/v1", http_client=client, max_retries=0
+        api_key="none", base_url="http://localhost/v1", http_client=client, max_retries=0
     ) as openai_client:
         stream = await openai_client.images.generate(
             prompt="a red circle",
@@ -144,7 +144,7 @@ async def test_a_failure_before_the_first_byte_is_a_plain_answer(failure: Failur
 async def test_a_failure_after_it_is_an_event_that_openais_client_raises() -> None:
     app = app_over(ScriptedWorkers([GuardExhausted("every value was NaN", ())]))
     async with openai.AsyncOpenAI(
-        api_key="none", base_url="http://server/v1", http_client=client_of(app), max_retries=0
+        api_key="none", base_url="http://localhost/v1", http_client=client_of(app), max_retries=0
     ) as openai_client:
         stream = await openai_client.images.generate(prompt="a red circle", stream=True)
         with pytest.raises(openai.APIError, match="every value was NaN") as raised:
@@ -213,6 +213,7 @@ class Caller:
 
     async def call(self) -> None:
         headers = [
+            (b"host", b"localhost"),
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(self._body or b"")),
         ]
@@ -275,7 +276,9 @@ async def test_the_document_tells_of_the_stream(client: httpx.AsyncClient) -> No
     content = document["paths"][URL]["post"]["responses"]["200"]["content"]
     assert content["application/json"]["schema"]
     told = content["text/event-stream"]
-    partial, completed, error = told["schema"]["anyOf"]
+    partial, completed, error = (
+        event["properties"]["data"]["contentSchema"] for event in told["schema"]["anyOf"]
+    )
     assert [schema["title"] for schema in (partial, completed, error)] == [
         "PartialImageEvent",
         "CompletedEvent",

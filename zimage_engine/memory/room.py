@@ -17,7 +17,7 @@ from zimage_engine.families import ModelFamily
 from zimage_engine.memory.footprint import footprint_of_pipeline
 from zimage_engine.memory.oom import MemoryKeeper, Stage
 from zimage_engine.memory.options import PlannedOptions
-from zimage_engine.memory.planner import PlanOptions
+from zimage_engine.memory.planner import CONTEXT_BYTES, PlanOptions
 from zimage_engine.memory.quantize import check_quantisation
 from zimage_engine.memory.residency import MemoryWishes, Residency
 from zimage_engine.types import MemoryUse
@@ -40,12 +40,16 @@ def keeper_for(pipeline: Any, family: ModelFamily, device: str, wishes: MemoryWi
     footprint = footprint_of_pipeline(
         pipeline, family, float8_storage=wishes.float8, quantize=wishes.quantize
     )
-    asked = PlanOptions(
-        offload=None if wishes.offload is None else Residency(wishes.offload),
-        vram_limit_bytes=wishes.vram_bytes,
-    )
-    options = PlannedOptions(footprint, asked, shares_host_memory=shares_host_memory)
+    options = PlannedOptions(footprint, asked_of(wishes), shares_host_memory=shares_host_memory)
     return MemoryKeeper(pipeline, footprint, options, device)
+
+
+def asked_of(wishes: MemoryWishes) -> PlanOptions:
+    """The wishes as the planner takes them: of a card of so many bytes CUDA has its part before we do."""
+    return PlanOptions(
+        offload=None if wishes.offload is None else Residency(wishes.offload),
+        vram_limit_bytes=None if wishes.vram_bytes is None else max(0, wishes.vram_bytes - CONTEXT_BYTES),
+    )
 
 
 def _refuse_in_vain(wishes: MemoryWishes, device: str) -> None:

@@ -253,6 +253,7 @@ class _GroupOffload:
         from diffusers.hooks import apply_group_offloading
 
         self._module = module
+        self._device = device
         self._homes = [(tensor, tensor.device) for tensor in tensors_of((module,))]
         is_cuda = device.type == "cuda"
         try:
@@ -271,7 +272,13 @@ class _GroupOffload:
     def remove(self) -> None:
         _remove_diffusers_hooks(self._module, _DIFFUSERS_HOOKS)
         for tensor, device in self._homes:
+            if device.type == "cpu" and tensor.is_pinned():
+                tensor.data = tensor.data.clone()
             move((tensor,), device)
+        if self._device.type == "cuda":
+            # What diffusers had locked takes half as much again as the weights, and PyTorch would keep it.
+            torch.cuda.synchronize(self._device)
+            torch._C._host_emptyCache()
 
 
 class _Folder:

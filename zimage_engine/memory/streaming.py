@@ -56,13 +56,15 @@ def move(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
 class HostWeights:
     """Tensors packed into one stretch of host memory, which one copy brings to a device.
 
-    Their `data` is a view of it. With `pin` the stretch is page-locked, where the system lets us; a copy
-    from it then runs beside the computing. It is locked in place: PyTorch's own pinned allocations round up
-    to a power of two, which is half as much again for a block of 362 MB. With `file` the stretch is that
-    file, which is made; the system keeps of it in memory what it has room for.
+    Their `data` is a view of it. With `pin_for`, a card, the stretch is page-locked, where the system lets
+    us; a copy from it then runs beside the computing. It is locked in place: PyTorch's own pinned allocations
+    round up to a power of two, which is half as much again for a block of 362 MB. With `file` the stretch is
+    that file, which is made; the system keeps of it in memory what it has room for.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], pin: bool, file: Path | None = None) -> None:
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], pin_for: torch.device | None = None, file: Path | None = None
+    ) -> None:
         self.tensors = tuple(tensors)
         self._homes = tuple(tensor.device for tensor in self.tensors)
         self._offsets: list[int] = []
@@ -81,7 +83,13 @@ class HostWeights:
         for tensor, view in zip(self.tensors, self._resting, strict=True):
             view.copy_(tensor.data)
             tensor.data = view
-        self.is_pinned = pin and not self._in_file and self.bytes > 0 and _lock(self.flat)
+        #: The card that the stretch is locked for; None where it is not locked.
+        self._card = pin_for if not self._in_file and self.bytes > 0 and _lock(self.flat, pin_for) else None
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the stretch is page-locked."""
+        return self._card is not None
 
     def views_in(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The tensors as they lie in `flat`, with their own shapes and strides."""
@@ -107,9 +115,9 @@ class HostWeights:
     def remove(self) -> None:
         """Give each tensor back to the device where it was found; the host's memory is unlocked."""
         self.rest()
-        if self.is_pinned:
-            _unlock(self.flat)
-            self.is_pinned = False
+        if self._card is not None:
+            _unlock(self.flat, self._card)
+            self._card = None
         for tensor, device in zip(self.tensors, self._homes, strict=True):
             if self._in_file:
                 tensor.data = tensor.data.clone()
@@ -177,7 +185,7 @@ class BlockStream:
         self._weights = [
             HostWeights(
                 tensors_of((block,)),
-                pin=device.type == "cuda",
+                pin_for=_card(device),
                 file=None if folder is None else folder / f"{index}.weights",
             )
             for index, block in enumerate(self._blocks)
@@ -322,7 +330,7 @@ class StreamedModule:
         apart = {id(tensor) for tensor in tensors_of(streamed)}
         rest = [tensor for tensor in tensors_of((module,)) if id(tensor) not in apart]
         self._known = apart | {id(tensor) for tensor in rest}
-        self._visiting = HostWeights(rest, device.type == "cuda") if visiting else None
+        self._visiting = HostWeights(rest, _card(device)) if visiting else None
         self._homes = [] if visiting else [(tensor, tensor.device) for tensor in rest]
         self.is_here = False
         # What neither comes nor goes nor makes others go needs no hook: a look at every weight costs a
@@ -399,16 +407,25 @@ def removed_on_error(parts: Sequence[Any]) -> Iterator[None]:
         raise
 
 
-def _lock(flat: torch.Tensor) -> bool:
+def _card(device: torch.device) -> torch.device | None:
+    """`device` where memory can be locked for it."""
+    return device if device.type == "cuda" else None
+
+
+def _lock(flat: torch.Tensor, card: torch.device | None) -> bool:
     """Lock `flat`'s pages; False where the system does not let us, which costs speed alone."""
-    if int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 0)) == 0:
-        return True
-    with suppress(RuntimeError):
-        # CUDA keeps the refusal as its last error and would show it to whoever comes next.
-        torch.zeros(1, device="cuda").add_(1)
+    if card is None:
+        return False
+    with torch.cuda.device(card):  # else CUDA would start on the first card, and take memory there
+        if int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 0)) == 0:
+            return True
+        with suppress(RuntimeError):
+            # CUDA keeps the refusal as its last error and would show it to whoever comes next.
+            torch.zeros(1, device=card).add_(1)
     return False
 
 
-def _unlock(flat: torch.Tensor) -> None:
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(flat.data_ptr())
+def _unlock(flat: torch.Tensor, card: torch.device) -> None:
+    with torch.cuda.device(card):
+        torch.cuda.synchronize(card)
+        torch.cuda.cudart().cudaHostUnregister(flat.data_ptr())

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from PIL import Image, ImageDraw
 
 from serve_app.image_codec import ImageEncoding, PictureFacts, encode
+from serve_app.queueing import OnPlace, Place
 from serve_app.service import OnProgress
 from serve_app.worker_reply import WorkerReply
 from zimage_engine.prompts.enhancer import enhance, unchanged
@@ -41,12 +42,17 @@ CARD = DeviceStatus("cuda:0", "A card of 12 GB", 12 * 2**30, round(5.2 * 2**30))
 
 @dataclass
 class PaintingService:
-    """`loaded` tells whether a model is there; `fails_with` is raised after the second step."""
+    """`loaded` tells whether a model is there; `fails_with` is raised after the second step.
+
+    `place` is told before the first step; `callers` are those who asked.
+    """
 
     step_seconds: float = 0.0
     loaded: bool = True
     fails_with: Exception | None = None
     status: DeviceStatus | None = CARD
+    place: Place | None = None
+    callers: list[str] = field(default_factory=list)
     requests: list[GenerationRequest] = field(default_factory=list)
     replies: list[WorkerReply] = field(default_factory=list)
     cancelled: int = 0
@@ -58,12 +64,21 @@ class PaintingService:
         return self.status
 
     async def generate(
-        self, request: GenerationRequest, encoding: ImageEncoding, on_progress: OnProgress | None = None
+        self,
+        request: GenerationRequest,
+        encoding: ImageEncoding,
+        on_progress: OnProgress | None = None,
+        *,
+        asked_by: str = "",
+        on_place: OnPlace | None = None,
     ) -> WorkerReply:
         self.requests.append(request)
+        self.callers.append(asked_by)
         make = enhance if request.enhance else unchanged
         enhanced = make(request.prompt, request.negative_prompt)
         plan = resolve(request, MODEL).with_prompts(enhanced)
+        if on_place is not None and self.place is not None:
+            on_place(self.place)
         try:
             for step in range(1, plan.steps + 1):
                 await asyncio.sleep(self.step_seconds)

@@ -11,6 +11,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from serve_app.error_mapping import ModelNotReady, WorkerLost
+from serve_app.queueing import Place
 from serve_app.ui import drawing
 from serve_app.ui.drawing import (
     Asked,
@@ -19,6 +20,7 @@ from serve_app.ui.drawing import (
     Moment,
     Refused,
     Started,
+    Waiting,
     WaitingForModel,
     draw,
     request_from,
@@ -175,3 +177,13 @@ async def test_a_failure_on_the_way_is_told_in_plain_words(
         assert not told[-1].theirs
         assert words in told[-1].sentences[0]
         assert "secrets" not in " ".join(told[-1].sentences)
+
+
+async def test_the_place_in_the_queue_is_told_before_the_first_step() -> None:
+    told = await moments(PaintingService(place=Place(3, 12.4)), ASKED)
+    assert told[:2] == [Started(), Waiting(3, 12.4)] and isinstance(told[2], StepProgress)
+
+
+async def test_the_service_hears_who_asks() -> None:
+    service = PaintingService()
+    assert [moment async for moment in draw(service, ASKED, "ann")] and service.callers == ["ann"]

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
 from serve_app.image_codec import read_parameters
+from serve_app.queueing import Place
 from serve_app.settings import Settings
 from serve_app.ui import build_page, mount_page
 from tests.serve_app.ui.painting_service import PaintingService
@@ -51,6 +52,42 @@ async def test_a_drawing_shows_steps_then_picture_badge_facts_and_status() -> No
     assert str(service.replies[0].report.pictures[0].seed) in shown["facts"]
     assert "masterpiece" in shown["enhancement"]
     assert shown["message"] == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "locale", "words"),
+    [
+        (12.4, "en", "Number 3 in the queue, about 12 s…"),
+        (None, "en", "Number 3 in the queue…"),
+        (12.4, "zh-CN", "正在排队：第 3 位，约 12 秒…"),
+    ],
+)
+async def test_who_waits_sees_the_place(seconds: float | None, locale: str, words: str) -> None:
+    updates = await drawn(PaintingService(place=Place(3, seconds)), **{str(LOCALE): locale})
+    bars = [update["progress"] for update in updates if "progress" in update]
+    assert words in bars[1] and bars[-1] == ""
+
+
+def test_the_page_asks_for_whoever_sent_the_request() -> None:
+    """Gradio draws outside of the request: by the key's name where a gate has put it, else by the address."""
+    service = PaintingService()
+    app = FastAPI()
+
+    @app.middleware("http")
+    async def name(request: Request, proceed: Any) -> Any:
+        if key := request.headers.get("x-key"):
+            request.state.caller = key
+        return await proceed(request)
+
+    page = build_page(service)
+    (draws,) = [number for number, function in page.fns.items() if function.name == "on_draw"]
+    with TestClient(mount_page(app, service, Settings()), client=("10.1.2.3", 50)) as client:
+        for session, headers in (("one", {}), ("two", {"x-key": "ann"})):
+            asked = {"fn_index": draws, "session_hash": session, "data": list(CONTROLS)}
+            assert client.post("/gradio_api/queue/join", json=asked, headers=headers).status_code == 200
+            events = client.get("/gradio_api/queue/data", params={"session_hash": session}).text
+            assert '"process_completed"' in events, events
+    assert service.callers == ["10.1.2.3", "ann"]
 
 
 async def test_the_picture_and_the_download_are_the_workers_own_bytes() -> None:

@@ -187,3 +187,4 @@ def test_a_card_draws_the_same_wherever_the_weights_are(
         applied.after_encoding()
     applied.remove()
     assert engine.pipeline.transformer.device.type == "cpu"
+    assert not any(weight.is_pinned() for weight in engine.pipeline.transformer.parameters())

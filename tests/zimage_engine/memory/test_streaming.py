@@ -86,11 +86,12 @@ def test_weights_are_packed_with_their_strides_and_aligned() -> None:
     tensors = [torch.randn(3, 5), torch.randn(4, 6).t(), torch.tensor(2.0), torch.randn(2, 3, 4, 4)]
     tensors[3] = tensors[3].to(memory_format=torch.channels_last)
     before = [(tensor.clone(), tensor.stride()) for tensor in tensors]
-    weights = HostWeights(tensors, pin=False)
+    weights = HostWeights(tensors)
     for tensor, (value, stride) in zip(tensors, before, strict=True):
         assert torch.equal(tensor, value) and tensor.stride() == stride
         assert (tensor.data_ptr() - weights.flat.data_ptr()) % ALIGNMENT_BYTES == 0
     assert weights.bytes == 4 * ALIGNMENT_BYTES
+    assert not weights.is_pinned
 
 
 def test_a_visitor_comes_when_called_and_goes_when_told() -> None:
