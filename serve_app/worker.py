@@ -202,7 +202,9 @@ def planned_threads(settings: Settings, variable: str | None, cores: Cores) -> T
 def _load_engine(settings: Settings) -> Engine:
     """Load the model, computing on as many threads as planned."""
     planned = planned_threads(settings, os.environ.get("OMP_NUM_THREADS"), read_cores())
-    logger.info("cpu: %s", planned.because)
+    # Who has every core of a machine alone need not be told.
+    is_all = planned.is_ours and planned.threads == os.cpu_count()
+    logger.log(logging.DEBUG if is_all else logging.INFO, "cpu: %s", planned.because)
     os.environ["OMP_NUM_THREADS"] = str(planned.threads)
     # After the last product of a picture OpenMP's threads would go on looking for work for some milliseconds,
     # on cores that the reply needs. Drawing takes as long with this bound as without (1000 would slow it).

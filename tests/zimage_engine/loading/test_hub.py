@@ -424,7 +424,7 @@ def test_two_downloads_to_one_place_do_not_mix(hub: StandInHub, cache: Path) -> 
 
 
 def test_ctrl_c_keeps_what_arrived_says_so_and_the_next_run_goes_on(hub: StandInHub, cache: Path) -> None:
-    hub.faults.pause_seconds = 0.3  # long enough for the signal to come in time on a crowded machine
+    hub.faults.pause_seconds = 0.1  # long enough for the signal to come in time on a crowded machine
     process = start_download(hub, cache)
     try:
         wait_until(lambda: any(part.stat().st_size > 500_000 for part in cache.rglob("*.incomplete")))
@@ -452,6 +452,8 @@ def start_download(hub: StandInHub, cache: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell lets what it starts in the background ignore Ctrl-C, and so would all that is started below.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
