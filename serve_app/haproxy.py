@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import sys
 from pathlib import Path
 
@@ -31,15 +30,14 @@ def binary() -> str | None:
 def environment(folder: Path, haproxy: str, ports: range) -> dict[str, str]:
     """What must be in the environment before Ray starts, for HAProxy mode with all its files in `folder`.
 
-    `ports` are for the replicas and the proxy beside HAProxy; nobody else may use them.
+    `ports` are for HAProxy's own, the replicas and the proxy beside it; nobody else may use them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     guarded = folder / "haproxy"
     command = shlex.join([sys.executable, "-IS", str(GUARD), haproxy])
     guarded.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
     guarded.chmod(0o700)
-    statistics_port, metrics_port = free_ports(2)
-    fallback_port, fallback_grpc_port, *_ = ports
+    statistics_port, metrics_port, fallback_port, fallback_grpc_port, first_port, *_ = ports
     middle = ports[len(ports) // 2]
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -60,22 +58,10 @@ def environment(folder: Path, haproxy: str, ports: range) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc_port),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports[2]),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(middle - 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(middle),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports[-1]),
         # One machine, no load balancer elsewhere that must first take a stopping replica out.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nothing listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from serve_app.haproxy import free_ports
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[1]
 #: Generous: a test machine may be busy with other things.

@@ -24,8 +24,8 @@ import httpx
 import pytest
 import yaml
 
-from serve_app.haproxy import free_ports
 from tests.deploy.manifests import NO_KUSTOMIZER, OVERLAYS, kustomizer, ray_cluster, serve_config
+from tests.ports import free_ports
 from tests.running_server import START_SECONDS
 from tests.serve_app.test_ways_to_start import COMMANDS, running
 

@@ -23,8 +23,8 @@ import psutil
 import pytest
 import yaml
 
-from serve_app.haproxy import free_ports
 from tests.deploy.manifests import ROOT
+from tests.ports import free_ports
 from tests.running_server import START_SECONDS, STOP_SECONDS
 from tests.serve_app.test_ways_to_start import running
 

@@ -33,8 +33,8 @@ import yaml
 
 from monitoring.generate import RULES
 from monitoring.panels import Panel
-from serve_app.haproxy import free_ports
 from serve_app.metrics import MemoryFigures, WorkerMetrics
+from tests.ports import free_ports
 from tests.running_server import ROOT, START_SECONDS
 from tests.zimage_engine.sampling.overflowing_models import BFLOAT16, write_overflowing
 from zimage_engine.types import DeviceStatus, ModelDescription

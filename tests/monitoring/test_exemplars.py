@@ -12,12 +12,12 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from serve_app.haproxy import free_ports
 from serve_app.ingress import build_asgi_app
 from serve_app.metrics import ServerMetrics
 from serve_app.service import ImageService
 from serve_app.settings import load_settings
 from tests.monitoring.live import prometheus_over
+from tests.ports import free_ports
 from tests.serve_app.conftest import client_of
 from tests.serve_app.test_metrics import REPORT
 from tests.serve_app.test_service import ScriptedWorkers

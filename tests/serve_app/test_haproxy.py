@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app import haproxy
 from serve_app.haproxy_guard import mended
+from tests.ports import free_ports
 
 needs_haproxy = pytest.mark.skipif(haproxy.binary() is None, reason="no HAProxy for this platform")
 
@@ -89,7 +90,7 @@ def test_a_template_that_has_changed_is_not_passed_on() -> None:
 @needs_haproxy
 def test_a_caller_that_hangs_up_is_noticed_behind_haproxy(tmp_path: Path) -> None:
     """Ray's own configuration fails this: see `haproxy_guard.SPLICED_REQUESTS`."""
-    front, statistics, metrics, behind = haproxy.free_ports(4)
+    front, statistics, metrics, behind = free_ports(4)
     hung_up = threading.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -138,7 +139,7 @@ def test_haproxy_takes_the_mended_configuration(tmp_path: Path) -> None:
 @needs_haproxy
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 def test_haproxy_listens_on_the_loopback_only_and_ends_with_its_parent(tmp_path: Path) -> None:
-    ports = haproxy.free_ports(3)
+    ports = free_ports(3)
     rendered(tmp_path, "127.0.0.1", (ports[0], ports[1], ports[2]))
     environment = haproxy.environment(tmp_path / "files", str(haproxy.binary()), range(20001, 20100))
     guarded = environment["RAY_SERVE_HAPROXY_BINARY_PATH"]

@@ -13,20 +13,18 @@ import pytest
 
 from serve_app import port_block
 from serve_app.port_block import NoPortsLeft, PortBlock
+from tests.ports import free_run
 from tests.running_server import running_server
 
 
 @pytest.fixture
 def few_ports(monkeypatch: pytest.MonkeyPatch) -> range:
     """Two blocks of four ports; nothing else on this machine is asked for them."""
-    with socket.socket() as found:
-        found.bind(("", 0))
-        first = found.getsockname()[1]
-    first = min(first, 65_000)
-    monkeypatch.setattr(port_block, "FIRST_PORT", first)
-    monkeypatch.setattr(port_block, "END_PORT", first + 8)
+    ports = free_run(8)
+    monkeypatch.setattr(port_block, "FIRST_PORT", ports.start)
+    monkeypatch.setattr(port_block, "END_PORT", ports.stop)
     monkeypatch.setattr(port_block, "BLOCK_PORTS", 4)
-    return range(first, first + 8)
+    return ports
 
 
 @pytest.fixture

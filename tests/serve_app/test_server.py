@@ -22,9 +22,9 @@ import pytest
 from PIL import Image
 
 from serve_app import haproxy
-from serve_app.haproxy import free_ports
 from serve_app.image_codec import read_parameters
 from serve_app.settings import is_loopback
+from tests.ports import free_ports
 from tests.running_server import ROOT, RunningServer, running_server
 from tests.serve_app.wrong_inputs import WRONG_INPUTS
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 
-from serve_app.haproxy import free_ports
+from tests.ports import free_ports
 from tests.running_server import ROOT, START_SECONDS
 
 pytestmark = pytest.mark.server
