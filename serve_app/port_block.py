@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import socket
 
-#: Below the ports that systems give to outgoing connections, which begin at 32768 on Linux.
-FIRST_PORT, END_PORT = 20000, 32000
+#: Above those that Ray gives its workers (10002 to 19999), and below those that systems give to outgoing
+#: connections, which begin at 32768 on Linux.
+FIRST_PORT, END_PORT = 24000, 32000
 BLOCK_PORTS = 100
 
 

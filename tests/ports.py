@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import socket
 
-#: Systems give outgoing connections and Ray's processes ports from 32768 on (Linux), and our own servers take
-#: theirs from 20000 on: a port from here is still free when it is needed at last.
-PORTS = range(10_000, 20_000)
+#: Ray gives its workers ports from 10002 to 19999, our own servers take theirs from 24000 on, and systems
+#: give outgoing connections those from 32768 on (Linux): one from here is still free when it is needed.
+PORTS = range(20_000, 24_000)
 
 
 def free_ports(count: int) -> list[int]:

@@ -141,7 +141,7 @@ def test_haproxy_takes_the_mended_configuration(tmp_path: Path) -> None:
 def test_haproxy_listens_on_the_loopback_only_and_ends_with_its_parent(tmp_path: Path) -> None:
     ports = free_ports(3)
     rendered(tmp_path, "127.0.0.1", (ports[0], ports[1], ports[2]))
-    environment = haproxy.environment(tmp_path / "files", str(haproxy.binary()), range(20001, 20100))
+    environment = haproxy.environment(tmp_path / "files", str(haproxy.binary()), range(24001, 24100))
     guarded = environment["RAY_SERVE_HAPROXY_BINARY_PATH"]
     assert os.access(guarded, os.X_OK)
     # A parent of its own, which can die without a word.
