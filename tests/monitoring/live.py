@@ -312,7 +312,9 @@ def prometheus_over(
     if rays_targets is not None:
         before, commented = text.split("  # - job_name: ray\n")
         job_of_ray = "  - job_name: ray\n" + re.sub("^  # ", "  ", commented.split("\n\n")[0], flags=re.M)
-        text = before + job_of_ray.replace("/tmp/ray/prom_metrics_service_discovery.json", str(rays_targets))
+        text = before + job_of_ray.replace(
+            "RAY_FOLDER/prom_metrics_service_discovery.json", str(rays_targets)
+        )
     config = yaml.safe_load(text)
     # A scrape that is late would leave holes: while it draws, a small machine answers after a second or two.
     config["global"] = {"scrape_interval": "4s", "evaluation_interval": "1s"}

@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import stat
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ FILES = (
     "//etc/passwd",
     "/proc/self/environ",
     "../../../../etc/passwd",
-    "/tmp/../etc/passwd",
+    f"{tempfile.gettempdir()}/../etc/passwd",
     "%2fetc%2fpasswd",
     "C:/Windows/win.ini",
     "http://127.0.0.1:1/",
