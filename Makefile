@@ -16,8 +16,10 @@ up: $(VENV)/.installed
 	@exec $(BIN)/python docker/up.py --port $(PORT) --prometheus-port $(PROMETHEUS_PORT) \
 		--grafana-port $(GRAFANA_PORT) $(ARGS)
 
+# What starts a server has the machine for itself; the rest is shared out over the processors, a thread for each.
 test: $(VENV)/.installed-test check
-	$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not server"; rest=$$?; \
+		$(BIN)/python -m pytest -m server && exit $$rest
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
