@@ -206,9 +206,12 @@ SERVICE = Dashboard(
         Panel(
             "Dead workers' requests",
             "short",
-            "Requests that were sent to another worker because theirs died under them, in a minute. The "
-            "caller notices nothing but the time.",
-            (Query(f"60 * sum({rate('zimage_worker_retries_total')})", "sent again"),),
+            "Requests that were sent to another worker because theirs died under them or its device failed, "
+            "in a minute, and the failed devices among them. The caller notices nothing but the time.",
+            (
+                Query(f"60 * sum({rate('zimage_worker_retries_total')})", "sent again"),
+                Query(f"60 * sum({rate('zimage_device_failures_total')})", "devices failed"),
+            ),
         ),
         Panel(
             "Slow requests against the budget",

@@ -15,10 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serve_app.serve_config import check_deployed
 from serve_app.settings import Settings, allocator_environment
 
 if TYPE_CHECKING:
     from ray.serve import Application
+    from ray.serve.config import AutoscalingConfig
 
 APP_NAME = "default"
 
@@ -32,24 +34,34 @@ WORKER_ONGOING_REQUESTS = 3
 INGRESS_ONGOING_REQUESTS = 1000
 #: A rolling update waits for the longest picture before it ends a worker.
 GRACEFUL_SHUTDOWN_SECONDS = 300.0
-HEALTH_CHECK_SECONDS = 10.0
+#: A dead worker is found, and replaced, within this time; asking one takes milliseconds.
+HEALTH_CHECK_SECONDS = 2.0
 #: How long a collector of traces may hold up the end of `launch`.
 TRACES_SECONDS = 3.0
+#: A drain that is over sooner is not worth a line.
+TOLD_OF_DRAINING_SECONDS = 1.0
 
 
 def build(settings: Settings) -> "Application":
-    """The bound graph: the prompt-enhancer ingress in front of the image workers."""
+    """The bound graph: the prompt-enhancer ingress in front of the image workers.
+
+    Raises SettingsError where the Serve that runs already must not get it, as `check_deployed` tells.
+    """
     from ray import serve
 
     from serve_app.ingress import PromptEnhancerIngress
     from serve_app.worker import ImageWorker
 
+    check_deployed(settings)
     settings = _with_absolute_paths(settings)
     num_gpus = gpus_for_a_worker(settings, _gpus_in_reach)
     worker = serve.deployment(
         ImageWorker,
         name="ImageWorker",
-        num_replicas=settings.num_replicas,
+        num_replicas=settings.num_replicas if settings.max_replicas is None else None,
+        autoscaling_config=growth(settings),
+        # Not None: one that is taken out of the configuration leads back to the settings of the start.
+        user_config={},
         max_ongoing_requests=WORKER_ONGOING_REQUESTS,
         # The ingress' own queue is the bounded one, and hands over no more than the workers have room for.
         max_queued_requests=-1,
@@ -64,6 +76,8 @@ def build(settings: Settings) -> "Application":
     ingress = serve.deployment(
         PromptEnhancerIngress,
         name="PromptEnhancer",
+        num_replicas=settings.num_ingresses,
+        user_config={},
         max_ongoing_requests=INGRESS_ONGOING_REQUESTS,
         # Who waits in its queue when it is to end is still served.
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_SECONDS,
@@ -72,27 +86,88 @@ def build(settings: Settings) -> "Application":
     return ingress.bind(worker.bind(settings), settings)
 
 
+def growth(settings: Settings) -> "AutoscalingConfig | None":
+    """How the workers follow the queue; None where their number is fixed.
+
+    Each ingress hands over up to two pictures a worker and one more, so a queue of any length looks like
+    2W + 1 to Serve: with a target of one a worker, W grows to 2W + 1 at once, 1 to 3 to 7, while a worker for
+    each caller who draws one picture after another is enough.
+    """
+    if settings.max_replicas is None:
+        return None
+    from ray.serve.config import AutoscalingConfig
+
+    # What is looked back on is averaged: longer than the delay, it would be the delay.
+    look_back = max(1.0, min(10.0, settings.upscale_seconds))
+    return AutoscalingConfig(
+        min_replicas=settings.min_replicas,
+        max_replicas=settings.max_replicas,
+        target_ongoing_requests=1,
+        upscale_delay_s=settings.upscale_seconds,
+        downscale_delay_s=settings.downscale_seconds,
+        look_back_period_s=look_back,
+        metrics_interval_s=min(look_back, 5.0),
+    )
+
+
 def launch(settings: Settings) -> None:
     """Serve on this machine until Ctrl-C or SIGTERM, then end every process that was started.
 
-    Prints the address once a worker has its model. Raises LaunchFailed, with a sentence, where the
-    port is taken or the model cannot be loaded; CheckpointError, before anything is started, for a
-    folder that is no model, a LoRA that is none, or a path where there is nothing.
+    Prints the address once a worker has its model, and starts it again, saying so, where Ray or Serve dies.
+    Raises LaunchFailed, with a sentence, where the port is taken, the model cannot be loaded, or the server
+    could not be brought back; CheckpointError, before anything is started, for a folder that is no model, a
+    LoRA that is none, or a path where there is nothing.
+    """
+    from serve_app.local_cluster import LaunchFailed
+    from serve_app.supervision import GivenUp, NotStarted, Patience, supervise
+
+    # Of the folder that it is called in, modules are found there too where they are here.
+    is_on_path = not {"", str(Path.cwd())}.isdisjoint(sys.path)
+    command = [sys.executable, *([] if is_on_path else ["-P"]), "-m", "serve_app.supervised"]
+    try:
+        patience = Patience(finish_seconds=settings.drain_seconds)
+        supervise(command, settings, settings.url, _say, patience)
+    except KeyboardInterrupt:
+        _say("zimage-turbo has stopped")
+    except (NotStarted, GivenUp) as error:
+        raise LaunchFailed(str(error)) from error
+
+
+def serve_here(settings: Settings, folder: Path, ready: Callable[[], None]) -> None:
+    """Serve in this process until KeyboardInterrupt; `ready` is called once a worker has its model.
+
+    `folder` is for Ray's files, and removed at the end. Raises as `launch` does.
     """
     from serve_app.local_cluster import LocalCluster
 
     settings = _with_absolute_paths(settings)
     _check_files(settings)
+    with LocalCluster(settings, folder) as cluster:
+        cluster.run(build, settings)
+        ready()
+        try:
+            threading.Event().wait()
+        finally:
+            _let_pictures_end(settings.drain_seconds)
+            _send_traces(settings)
+
+
+def _let_pictures_end(seconds: float) -> None:
+    """What is under way is drawn to its end before the workers go; KeyboardInterrupt ends that at once."""
+    from serve_app.draining import drain_every_ingress
+
+    told = threading.Timer(
+        TOLD_OF_DRAINING_SECONDS,
+        _say,
+        ["zimage-turbo finishes the pictures that are under way; Ctrl-C once more ends it at once"],
+    )
+    told.start()
     try:
-        with LocalCluster(settings) as cluster:
-            cluster.run(build, settings)
-            _say(f"zimage-turbo is ready: {settings.url}")
-            try:
-                threading.Event().wait()
-            finally:
-                _send_traces(settings)
-    except KeyboardInterrupt:
-        _say("zimage-turbo has stopped")
+        left = drain_every_ingress(APP_NAME, seconds)
+    finally:
+        told.cancel()
+    if left:
+        _say(f"zimage-turbo ends with {left} requests unfinished after {seconds:g} s")
 
 
 def _send_traces(settings: Settings) -> None:

@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from serve_app.cli_batch import batch
 from serve_app.cli_cache import cache_app
+from serve_app.cli_check_config import check_config
 from serve_app.cli_inspect import inspect
 from serve_app.cli_keys import keys_app
 from serve_app.cli_names import with_launch_options, with_option_names
 from serve_app.cli_plan import plan
+from serve_app.cli_reproduce import reproduce
 from serve_app.terminal import DownloadBar, StepBar, say
 from zimage_engine.errors import EngineError, InvalidRequest
 from zimage_engine.types import GenerationReport, GenerationRequest, PictureReport, PromptCacheUse
@@ -60,6 +63,9 @@ app = typer.Typer(
 
 app.command()(inspect)
 app.command()(plan)
+app.command()(reproduce)
+app.command()(batch)
+app.command("check-config")(check_config)
 app.add_typer(cache_app, name="cache")
 app.add_typer(keys_app, name="keys")
 
@@ -624,27 +630,17 @@ def _encoding_for(output: Path) -> ImageEncoding:
 
 def _write_picture(file: Path, image: Any, encoding: ImageEncoding, report: GenerationReport) -> None:
     """The picture under its name, whole or not at all."""
-    from serve_app.image_codec import PictureFacts, encode
+    from serve_app.image_codec import encode, facts_of
 
-    facts = PictureFacts(
-        prompt=report.prompt,
-        negative_prompt=report.negative_prompt,
-        seed=report.pictures[0].seed,
-        steps=report.num_inference_steps,
-        guidance_scale=report.guidance_scale,
-        width=report.width,
-        height=report.height,
-        model=report.model,
-        scheduler=report.scheduler,
-        loras=report.loras,
-        refined=report.pictures[0].refine_seconds > 0,
-    )
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        unfinished.write_bytes(encode(image, encoding, facts))
+        unfinished.write_bytes(encode(image, encoding, facts_of(report, 0)))
         unfinished.replace(file)
     except OSError as failed:
-        say(f"zimage-turbo: could not write {file} ({failed.strerror}); the seed was {facts.seed}")
+        say(
+            f"zimage-turbo: could not write {file} ({failed.strerror}); "
+            f"the seed was {report.pictures[0].seed}"
+        )
         raise typer.Exit(EXIT_FAILED) from failed
     finally:
         unfinished.unlink(missing_ok=True)

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 from starlette.requests import ClientDisconnect
 
 from serve_app.queueing import CallerLimited, QueueFull
 from zimage_engine.errors import (
     DeadlineExceeded,
+    DeviceFailed,
     DeviceUnavailable,
     DoesNotFit,
     EngineError,
@@ -67,7 +68,15 @@ class ModelNotReady(Exception):
 
 
 class WorkerLost(Exception):
-    """The worker died while it drew, and so did the one that tried again, or none came back."""
+    """The workers that were to draw it were lost, whoever is to blame, or none came back."""
+
+
+class RequestKillsWorkers(Exception):
+    """Two workers died while they drew this request: it is not handed to a third.
+
+    Of 400 to 499, so that no client sends it again by itself, as OpenAI's does after 408, 409, 429 and 500
+    up.
+    """
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,7 @@ ROWS: dict[type[BaseException], ErrorRow] = {
     InvalidRequest: ErrorRow(400, INVALID, "invalid_value"),
     ModelNotReady: ErrorRow(503, SERVER, "model_not_ready", headers={"Retry-After": "5"}),
     WorkerLost: ErrorRow(503, SERVER, "worker_lost", headers={"Retry-After": "15"}),
+    RequestKillsWorkers: ErrorRow(422, INVALID, "request_kills_workers"),
     RayActorError: ErrorRow(
         503,
         SERVER,
@@ -121,13 +131,6 @@ ROWS: dict[type[BaseException], ErrorRow] = {
         "model_not_ready",
         "No worker could be started; the server's log says why. Try again later.",
         {"Retry-After": "30"},
-    ),
-    BackPressureError: ErrorRow(
-        429,
-        "rate_limit_error",
-        "queue_full",
-        "Too many requests are waiting for a worker already; send this one again in a few seconds.",
-        {"Retry-After": "5"},
     ),
     QueueFull: ErrorRow(429, "rate_limit_error", "queue_full"),
     CallerLimited: ErrorRow(429, "rate_limit_error", "rate_limit_exceeded"),
@@ -154,6 +157,14 @@ ROWS: dict[type[BaseException], ErrorRow] = {
     ScheduleInvalid: ErrorRow(500, SERVER, "schedule_invalid", for_the_caller=True),
     OutOfMemory: ErrorRow(503, SERVER, "out_of_memory", headers={"Retry-After": "15"}),
     DeviceUnavailable: ErrorRow(503, SERVER, "device_unavailable"),
+    DeviceFailed: ErrorRow(
+        503,
+        SERVER,
+        "device_failed",
+        "The devices of several workers failed while they drew this picture; those workers are being "
+        "replaced. Send the request again later.",
+        {"Retry-After": "30"},
+    ),
     EngineError: ErrorRow(500, SERVER, "engine_error"),
     Exception: ErrorRow(500, SERVER, "internal_error"),
 }

@@ -19,17 +19,27 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.error_mapping import INVALID, ErrorAnswer
+from serve_app.forwarded import ForwardedFor
 from serve_app.keys import ADMIN, DRAW, READ, SCOPES, KeyRing, caller
 from serve_app.origins import SAFE_METHODS, Sites, sites_of
+from serve_app.routes.files import OPEN_BELOW
 from serve_app.routes.status import OPEN_PATHS
-from serve_app.settings import Settings
+from serve_app.settings import Settings, proxy_secret
 from serve_app.tracing import Tracing
 
 #: With these a caller could tell Serve when to give a request up; Serve's own, not for the outside.
 SERVE_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
 
 #: Where pictures are asked for. A span is named by them, so there are no others.
-TRACED = frozenset({("POST", "/v1/images/generations")})
+TRACED = frozenset(
+    {
+        ("POST", "/v1/images/generations"),
+        ("POST", "/v1/images/edits"),
+        ("POST", "/v1/images/variations"),
+    }
+)
+#: Where files of pictures are sent.
+UPLOADS = ("/v1/images/edits", "/v1/images/variations", "/v1/images/reproduce")
 
 #: How much of a body that nobody wants is read before the answer goes out, and for how long.
 DRAINED_BYTES = 32 * 2**20
@@ -58,28 +68,45 @@ GRADIO_FILES = "/gradio_api/file="
 
 #: What a page elsewhere may read of an answer, beside what browsers let it read anyway.
 EXPOSED_HEADERS = (
-    "retry-after, x-engine-seconds, x-queue-position, x-queue-seconds, x-ratelimit-limit-requests, "
-    "x-ratelimit-remaining-requests, x-ratelimit-reset-requests, x-request-id"
+    "idempotent-replayed, location, retry-after, "
+    "x-engine-seconds, x-queue-position, x-queue-seconds, x-queue-wait, "
+    "x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, x-request-id"
 )
 
 audit = logging.getLogger("serve_app.audit")
 
 
-def add_gates(app: FastAPI, settings: Settings, tracing: Tracing | None = None) -> None:
-    """Put the gates before the app; a request passes them from the last line here to the first.
+def keys_of(settings: Settings) -> KeyRing:
+    """The keys that callers must carry, none where the settings name none.
 
     Raises KeyFileWrong where the settings name a file of keys that cannot be used.
     """
     api_key = None if settings.api_key is None else settings.api_key.get_secret_value()
-    keys = KeyRing(api_key, settings.api_keys_file)
+    return KeyRing(api_key, settings.api_keys_file)
+
+
+def add_gates(
+    app: FastAPI, settings: Settings, tracing: Tracing | None = None, keys: KeyRing | None = None
+) -> None:
+    """Put the gates before the app; a request passes them from the last line here to the first.
+
+    Without `keys` they are `keys_of` the settings.
+    """
+    keys = keys_of(settings) if keys is None else keys
     if tracing is not None:
         app.add_middleware(TracePictures, tracing=tracing)
-    app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
+    app.add_middleware(
+        BodyLimit,
+        limit_bytes=settings.max_body_bytes,
+        upload_bytes=settings.max_image_bytes,
+        seconds=settings.body_seconds,
+    )
     app.add_middleware(OnlyThePagesGradio)
     app.add_middleware(KeyCheck, keys=keys, metrics_without_key=settings.metrics_without_key)
     app.add_middleware(SiteCheck, sites=sites_of(settings, bool(keys)))
     if bool(keys) if settings.audit_log is None else settings.audit_log:
         app.add_middleware(Audit)
+    app.add_middleware(ForwardedFor, trusted=settings.trusted_proxies, secret=proxy_secret())
     app.add_middleware(StripServeHeaders)
     app.add_middleware(DrainBody)
 
@@ -269,8 +296,9 @@ class SiteCheck:
 def _preflight(origin: str) -> dict[str, str]:
     return {
         "Access-Control-Allow-Origin": origin,
-        "Access-Control-Allow-Methods": "GET, POST",
-        "Access-Control-Allow-Headers": "authorization, content-type, x-request-id",
+        "Access-Control-Allow-Methods": "DELETE, GET, POST",
+        "Access-Control-Allow-Headers": "authorization, content-type, idempotency-key, last-event-id, "
+        "prefer, x-request-id",
         "Access-Control-Max-Age": "600",
         "Vary": "Origin",
     }
@@ -299,7 +327,9 @@ class KeyCheck:
         self._open = {*OPEN_PATHS, *(("/metrics",) if metrics_without_key else ())}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or scope["path"] in self._open:
+        # The unguessable address of a kept file is permission enough.
+        is_file = scope.get("method") in SAFE_METHODS and scope["path"].startswith(OPEN_BELOW)
+        if scope["type"] not in ("http", "websocket") or scope["path"] in self._open or is_file:
             await self._app(scope, receive, send)
             return
         caller.set("")
@@ -313,10 +343,8 @@ class KeyCheck:
             await _refuse(_no_key(bool(self._keys), given is not None, scope["path"]), scope, receive, send)
             return
         caller.set(owner.name)
-        # For what runs outside the request's own task, such as the queue behind the page.
-        scope = {**scope, "state": {**scope.get("state", {}), "caller": owner.name}}
-        # For the page, whose drawings run outside of the request that asked for them.
-        scope.setdefault("state", {})["caller"] = owner.name
+        # For what runs outside of the request's own task, such as the queue behind the page.
+        scope = {**scope, "state": {**scope.get("state", {}), "caller": owner.name, "scopes": owner.scopes}}
         if needed not in owner.scopes:
             answer = ErrorAnswer(
                 403,
@@ -406,38 +434,37 @@ def is_of_the_page(path: str) -> bool:
 
 
 class BodyLimit:
-    """Answers 413 to a body above the limit, announced or not, and 408 to one that takes too long."""
+    """Answers 413 to a body above the limit, announced or not, and 408 to one that takes too long.
 
-    def __init__(self, app: ASGIApp, limit_bytes: int, seconds: float) -> None:
+    The limit is `upload_bytes` where files are sent; None: the same.
+    """
+
+    def __init__(
+        self, app: ASGIApp, limit_bytes: int, seconds: float, upload_bytes: int | None = None
+    ) -> None:
         self._app = app
         self._limit_bytes = limit_bytes
+        self._upload_bytes = limit_bytes if upload_bytes is None else upload_bytes
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limit_bytes = self._upload_bytes if scope["path"] in UPLOADS else self._limit_bytes
         announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdecimal() and int(announced[:20]) > self._limit_bytes:
-            await _send(self._too_large(), scope, receive, send)
+        if announced.isdecimal() and int(announced[:20]) > limit_bytes:
+            await _send(_too_large(scope["path"], limit_bytes), scope, receive, send)
             return
-        counted = _CountedBody(receive, send, self._limit_bytes, self._seconds)
+        counted = _CountedBody(receive, send, limit_bytes, self._seconds)
         try:
             await self._app(scope, counted.receive, counted.send)
         except ClientDisconnect:
             if not counted.exceeded:
                 raise
         if counted.exceeded and not counted.started:
-            answer = self._too_slow() if counted.too_slow else self._too_large()
+            answer = self._too_slow() if counted.too_slow else _too_large(scope["path"], limit_bytes)
             await _send(answer, scope, receive, send)
-
-    def _too_large(self) -> ErrorAnswer:
-        return ErrorAnswer(
-            413,
-            INVALID,
-            "body_too_large",
-            f"The body may have at most {self._limit_bytes:,} bytes; shorten the prompt.",
-        )
 
     def _too_slow(self) -> ErrorAnswer:
         return ErrorAnswer(
@@ -446,6 +473,13 @@ class BodyLimit:
             "body_too_slow",
             f"The body had not arrived within {self._seconds:g} seconds; send the request again.",
         )
+
+
+def _too_large(path: str, limit_bytes: int) -> ErrorAnswer:
+    what_to_do = "send smaller pictures" if path in UPLOADS else "shorten the prompt"
+    return ErrorAnswer(
+        413, INVALID, "body_too_large", f"The body may have at most {limit_bytes:,} bytes; {what_to_do}."
+    )
 
 
 class TracePictures:

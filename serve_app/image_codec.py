@@ -10,10 +10,11 @@ import json
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, BinaryIO, Literal, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
 
+from serve_app.receipt import receipt_of
 from zimage_engine.errors import InvalidRequest
-from zimage_engine.types import LoraUse
+from zimage_engine.types import GenerationReport, LoraUse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 FileFormat = Literal["png", "jpeg", "webp"]
 
 _PNG_KEY = "parameters"
+_PNG_RECEIPT_KEY = "zimage-turbo"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TRUECOLOUR = 2
 _FILTER_UP = 2
 # Tags and types of TIFF and EXIF.
 _EXIF_IFD = 0x8769
 _EXIF_VERSION = 0x9000
+_MAKER_NOTE = 0x927C
 _USER_COMMENT = 0x9286
 _LONG = 4
 _UNDEFINED = 7
@@ -77,6 +80,27 @@ class PictureFacts:
     scheduler: str
     loras: tuple[LoraUse, ...] = ()
     refined: bool = False
+    #: As `receipt_of` makes it; None: the file has none.
+    receipt: Mapping[str, Any] | None = None
+
+
+def facts_of(report: GenerationReport, index: int) -> PictureFacts:
+    """What the file of picture `index` of the report tells."""
+    picture = report.pictures[index]
+    return PictureFacts(
+        prompt=report.prompt,
+        negative_prompt=report.negative_prompt,
+        seed=picture.seed,
+        steps=report.num_inference_steps,
+        guidance_scale=report.guidance_scale,
+        width=report.width,
+        height=report.height,
+        model=report.model,
+        scheduler=report.scheduler,
+        loras=report.loras,
+        refined=picture.refine_seconds > 0,
+        receipt=receipt_of(report, index),
+    )
 
 
 def parameters_text(facts: PictureFacts) -> str:
@@ -109,6 +133,7 @@ def encode(image: Image, encoding: ImageEncoding, facts: PictureFacts) -> bytes:
 
     A PNG carries it as text under "parameters", JPEG and WebP as the EXIF UserComment. A JPEG has
     room for about 32,000 characters of it: longer prompts are cut there, the settings never.
+    The receipt, where there is one, stands beside it as JSON, with a sum over the pixels as they were drawn.
     """
     flat = image if image.mode == "RGB" else image.convert("RGB")
     file = io.BytesIO()
@@ -139,6 +164,35 @@ def read_parameters(content: bytes) -> str | None:
     return None if comment is None else _comment_text(comment)
 
 
+def read_receipt(content: bytes) -> dict[str, Any] | None:
+    """The receipt that `encode` put into a picture, None without one that can be read.
+
+    Raises PIL.UnidentifiedImageError where `content` is not a picture at all.
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as image:
+        text = image.info.get(_PNG_RECEIPT_KEY) or image.info.get("comment")
+        if text is None:
+            text = image.getexif().get_ifd(_EXIF_IFD).get(_MAKER_NOTE)
+    try:
+        receipt = json.loads(text) if text else None
+    except (ValueError, RecursionError, TypeError):
+        return None
+    return receipt if isinstance(receipt, dict) and "receipt" in receipt else None
+
+
+def pixel_sum(rgb: bytes) -> str:
+    """16 hex digits that tell two pictures' pixels (RGB, row by row) apart: CRC-32 and Adler-32.
+
+    Half a millisecond for 1024x1024, where SHA-256 takes two. It is no proof against forgery, and a
+    receipt is none either: it is not signed.
+    """
+    from isal import isal_zlib
+
+    return f"{isal_zlib.crc32(rgb):08x}{isal_zlib.adler32(rgb):08x}"
+
+
 def _write_png(image: Image, file: BinaryIO, compression: int, facts: PictureFacts) -> None:
     """PNG with one filter for all rows, the difference to the row above (PNG specification, 9.2).
 
@@ -154,6 +208,8 @@ def _write_png(image: Image, file: BinaryIO, compression: int, facts: PictureFac
     # Latin-1 text becomes a tEXt chunk, all other an iTXt chunk in UTF-8. Neither may hold a NUL.
     info.add_text(_PNG_KEY, _storable(parameters_text(facts)).replace("\0", "\ufffd"))
     rows = np.asarray(image).reshape(image.height, -1)
+    if facts.receipt is not None:
+        info.add_text(_PNG_RECEIPT_KEY, _receipt_text(facts.receipt, rows))
     filtered = np.empty((image.height, 1 + rows.shape[1]), dtype=np.uint8)
     filtered[:, 0] = _FILTER_UP
     filtered[0, 1:] = rows[0]
@@ -174,11 +230,14 @@ def _write_jpeg(image: Image, file: BinaryIO, compression: int, facts: PictureFa
         quality=compression,
         subsampling="4:4:4" if full_colour else "4:2:0",
         exif=_exif(_within(facts, _JPEG_TEXT_BYTES)),
+        # In a segment of its own: the text may fill the one with the EXIF block.
+        **({"comment": _jpeg_receipt(facts.receipt, image.tobytes())} if facts.receipt is not None else {}),
     )
 
 
 def _write_webp(image: Image, file: BinaryIO, compression: int, facts: PictureFacts) -> None:
-    image.save(file, format="webp", quality=compression, exif=_exif(facts))
+    note = b"" if facts.receipt is None else _receipt_text(facts.receipt, image.tobytes()).encode()
+    image.save(file, format="webp", quality=compression, exif=_exif(facts, note))
 
 
 _WRITERS: Mapping[str, Callable[[Image, BinaryIO, int, PictureFacts], None]] = {
@@ -188,8 +247,21 @@ _WRITERS: Mapping[str, Callable[[Image, BinaryIO, int, PictureFacts], None]] = {
 }
 
 
-def _exif(facts: PictureFacts) -> bytes:
-    """An EXIF block with the text as its UserComment.
+def _receipt_text(receipt: Mapping[str, Any], rgb: Any) -> str:
+    # ASCII, so that no encoding can fail on it and a PNG needs no longer kind of chunk.
+    return json.dumps({**receipt, "pixels": pixel_sum(rgb)}, separators=(",", ":"))
+
+
+def _jpeg_receipt(receipt: Mapping[str, Any], rgb: bytes) -> bytes:
+    """The receipt, without its prompts where it would exceed a segment with them."""
+    text = _receipt_text(receipt, rgb).encode()
+    if len(text) <= _JPEG_TEXT_BYTES:
+        return text
+    return _receipt_text({**receipt, "prompt": None, "negative_prompt": None, "cut": True}, rgb).encode()
+
+
+def _exif(facts: PictureFacts, note: bytes = b"") -> bytes:
+    """An EXIF block with the text as its UserComment, and `note`, where there is one, as the maker's.
 
     Packed here because Pillow gives the comment the type BYTE, and strict readers want UNDEFINED.
     The comment is big-endian by custom; the block is too, for readers that go by its byte order.
@@ -200,15 +272,14 @@ def _exif(facts: PictureFacts) -> bytes:
     header = struct.pack(">2sHL", b"MM", 42, 8)
     exif_ifd_at = len(header) + struct.calcsize(">HHHLLL")
     main_ifd = struct.pack(">HHHLLL", 1, _EXIF_IFD, _LONG, 1, exif_ifd_at, 0)
-    comment_at = exif_ifd_at + struct.calcsize(">HHHL4sHHLLL")
-    exif_ifd = struct.pack(
-        ">HHHL4sHHLLL",
-        2,
-        *(_EXIF_VERSION, _UNDEFINED, 4, b"0232"),
-        *(_USER_COMMENT, _UNDEFINED, len(comment), comment_at),
-        0,
-    )
-    return b"Exif\0\0" + header + main_ifd + exif_ifd + comment
+    contents = [(_MAKER_NOTE, note)] * bool(note) + [(_USER_COMMENT, comment)]
+    content_at = exif_ifd_at + struct.calcsize(">HHHL4sL") + len(contents) * struct.calcsize(">HHLL")
+    exif_ifd = struct.pack(">HHHL4s", 1 + len(contents), _EXIF_VERSION, _UNDEFINED, 4, b"0232")
+    for tag, content in contents:
+        exif_ifd += struct.pack(">HHLL", tag, _UNDEFINED, len(content), content_at)
+        content_at += len(content)
+    exif_ifd += struct.pack(">L", 0) + b"".join(content for _, content in contents)
+    return b"Exif\0\0" + header + main_ifd + exif_ifd
 
 
 def _comment_text(comment: bytes | str) -> str:

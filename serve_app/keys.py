@@ -14,10 +14,13 @@ import secrets
 import stat
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, get_args
+
+from serve_app.queueing import Entry, Priority
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ RECHECK_SECONDS = 1.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _HASH = re.compile(r"sha256-([0-9a-f]{64})", re.ASCII)
+_NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
 #: What others than the owner may not do with the file; its group may read it, as a mounted secret needs.
 _OPEN_TO_OTHERS = stat.S_IWGRP | stat.S_IRWXO
 
@@ -49,16 +53,41 @@ class KeyFileWrong(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Allowance:
+    """What a key's line says of its share and limits; None: nothing, so that the settings' hold.
+
+    0 is no limit, whatever the settings say.
+    """
+
+    priority: Priority | None = None
+    pictures_at_once: int | None = None
+    requests_a_minute: int | None = None
+
+    def of(self, default: Entry) -> Entry:
+        """What such a caller may where others may `default`."""
+        return replace(default, **self.said())
+
+    def said(self) -> dict[str, Any]:
+        """What is said, by name."""
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) is not None}
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={value}" for name, value in self.said().items())
+
+
+@dataclass(frozen=True, slots=True)
 class NamedKey:
     """A key as it is kept: its SHA-256 and never the key."""
 
     name: str
     scopes: frozenset[str]
     digest: bytes
+    allowance: Allowance = Allowance()
 
     def line(self) -> str:
         """As it stands in the file."""
-        return f"{self.name}:{','.join(sorted(self.scopes))}:sha256-{self.digest.hex()}"
+        said = f":{self.allowance}" if self.allowance.said() else ""
+        return f"{self.name}:{','.join(sorted(self.scopes))}:sha256-{self.digest.hex()}{said}"
 
 
 class KeyRing:
@@ -87,6 +116,11 @@ class KeyRing:
         found = [key for key in (*self._own, *self._of_file) if secrets.compare_digest(key.digest, digest)]
         return found[0] if found else None
 
+    def entry_of(self, name: str, default: Entry) -> Entry:
+        """What the caller of that name may: as its key's line says, else `default`, as for an address."""
+        self._read_again()
+        return next((key.allowance.of(default) for key in self._of_file if key.name == name), default)
+
     def _read_again(self) -> None:
         if self._file is None or time.monotonic() - self._checked_at < RECHECK_SECONDS:
             return
@@ -111,6 +145,8 @@ def digest_of(key: str) -> bytes:
 def read_keys(file: Path) -> tuple[NamedKey, ...]:
     """The keys in a file, at least one; lines `name:scope,scope:sha256-HEX`, empty lines and `#` comments.
 
+    Behind a third colon a line may say what the key's caller gets, such as
+    `priority=high,pictures_at_once=4,requests_a_minute=60`.
     Raises KeyFileWrong, also where others than its owner and group may read the file.
     """
     try:
@@ -141,7 +177,7 @@ def read_keys(file: Path) -> tuple[NamedKey, ...]:
     return tuple(keys.values())
 
 
-def add_key(file: Path, name: str, scopes: Collection[str]) -> str:
+def add_key(file: Path, name: str, scopes: Collection[str], allowance: Allowance = Allowance()) -> str:
     """A new key, of which only the hash is written to the file (mode 0600 where it is made).
 
     Raises KeyFileWrong for a name that is taken or cannot be one, and for a scope that is none.
@@ -160,27 +196,52 @@ def add_key(file: Path, name: str, scopes: Collection[str]) -> str:
             f"there is a key {name} in {file} already; remove it first, or choose another name"
         )
     key = KEY_PREFIX + secrets.token_urlsafe(32)
-    _append(file, NamedKey(name, frozenset(scopes), digest_of(key)).line())
+    _append(file, NamedKey(name, frozenset(scopes), digest_of(key), allowance).line())
     return key
+
+
+def change_key(file: Path, name: str, allowance: Allowance) -> None:
+    """Let the line of a key say what `allowance` says, beside what it said of the rest.
+
+    Raises KeyFileWrong where there is none of that name.
+    """
+    key = _key_named(file, name)
+    said = replace(key, allowance=replace(key.allowance, **allowance.said()))
+    _rewrite(file, name, lambda line: said.line() + "\n")
 
 
 def remove_key(file: Path, name: str) -> None:
     """Take a key out of the file; raises KeyFileWrong where there is none of that name, or no other."""
-    kept = read_keys(file)
-    if name not in {key.name for key in kept}:
-        raise KeyFileWrong(f"there is no key {name} in {file}; `zimage-turbo keys ls` lists them")
-    if len(kept) == 1:
+    key = _key_named(file, name)
+    if read_keys(file) == (key,):
         raise KeyFileWrong(
             f"{name} is the only key in {file}, and a server with no key in its file does not start; add "
             "another first"
         )
+    _rewrite(file, name, lambda line: "")
+
+
+def _key_named(file: Path, name: str) -> NamedKey:
+    for key in read_keys(file):
+        if key.name == name:
+            return key
+    raise KeyFileWrong(f"there is no key {name} in {file}; `zimage-turbo keys ls` lists them")
+
+
+def _rewrite(file: Path, name: str, changed: Callable[[str], str]) -> None:
+    """The file with another line for the key of that name; comments and the other lines stay."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    _replace(file, "".join(line for line in lines if line.strip().partition(":")[0] != name))
+    is_its = [line.strip().partition(":")[0] == name for line in lines]
+    _replace(file, "".join(changed(line) if its else line for line, its in zip(lines, is_its, strict=True)))
 
 
 def _read_line(line: str, where: str) -> NamedKey:
     name, *rest = line.split(":")
-    if len(rest) != 2 or _NAME.fullmatch(name) is None or (kept := _HASH.fullmatch(rest[1].strip())) is None:
+    if (
+        len(rest) not in (2, 3)
+        or _NAME.fullmatch(name) is None
+        or (kept := _HASH.fullmatch(rest[1].strip())) is None
+    ):
         # The line itself is not told: someone may have written a key into it.
         raise KeyFileWrong(
             f"{where} is not of the form name:scope,scope:sha256-HEX; "
@@ -188,7 +249,39 @@ def _read_line(line: str, where: str) -> NamedKey:
         )
     scopes = frozenset(scope.strip() for scope in rest[0].split(","))
     _check_scopes(scopes, where)
-    return NamedKey(name, scopes, bytes.fromhex(kept[1]))
+    allowance = Allowance() if len(rest) == 2 else _read_allowance(rest[2], where)
+    return NamedKey(name, scopes, bytes.fromhex(kept[1]), allowance)
+
+
+def _read_allowance(text: str, where: str) -> Allowance:
+    said: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = (each.strip() for each in part.partition("="))
+        if name in said or (read := _READ.get(name)) is None or (chosen := read(value)) is None:
+            # As above, what stands there is not told.
+            raise KeyFileWrong(
+                f"{where} says behind its hash what is no share or limit, or one twice; expected any of "
+                f"priority={'|'.join(get_args(Priority))}, pictures_at_once=NUMBER and "
+                "requests_a_minute=NUMBER, with commas between"
+            )
+        said[name] = chosen
+    return Allowance(**said)
+
+
+def _priority(text: str) -> str | None:
+    return text if text in get_args(Priority) else None
+
+
+def _number(text: str) -> int | None:
+    return int(text) if _NUMBER.fullmatch(text) else None
+
+
+#: How each part of an allowance is read; None is what cannot be.
+_READ: dict[str, Callable[[str], Any]] = {
+    "priority": _priority,
+    "pictures_at_once": _number,
+    "requests_a_minute": _number,
+}
 
 
 def _check_scopes(scopes: Collection[str], where: str) -> None:

@@ -17,14 +17,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]
 
 from serve_app import haproxy
 from serve_app.port_block import NoPortsLeft, PortBlock
-from serve_app.settings import Settings, is_loopback
+from serve_app.settings import Settings
+from serve_app.supervision import STOP_SIGNALS, end_processes, stop_on_signals
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 STOP_SECONDS = 5.0
 READY_POLL_SECONDS = 0.2
 OBJECT_STORE_BYTES = 512 * 1024**2
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class LaunchFailed(Exception):
@@ -46,10 +46,11 @@ class LocalCluster:
     Raises LaunchFailed where the port is taken.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, folder: Path | None = None) -> None:
+        """`folder` is for all its files, and removed with it; None: a new one."""
         self._settings = settings
         # Sockets live below; their paths may have about a hundred characters, so the name is short.
-        self._folder = Path(tempfile.mkdtemp(prefix="zit-"))
+        self._folder = folder or Path(tempfile.mkdtemp(prefix="zit-"))
         self._ports = PortBlock()
 
     def __enter__(self) -> LocalCluster:
@@ -100,17 +101,25 @@ class LocalCluster:
             # Ray's ports listen on every interface; without a token they take work from anyone.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._write_token()),
+            # Ray's HTTP servers would believe anyone on this machine about where a request comes from.
+            "FORWARDED_ALLOW_IPS": "none",
             # Its own log is in the temporary folder; what people must see is said by us.
             "RAY_SERVE_LOG_TO_STDERR": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             # A slow machine is no broken proxy: Ray gives five seconds for a process that needs ten.
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+            # A dead HAProxy is replaced after three of these periods; ten seconds each is long without an
+            # answer.
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         }
         if self._settings.haproxy is False:
             return ours
         found = haproxy.binary()
         if found is not None:
-            return ours | haproxy.environment(self._folder / "haproxy", found, self._claimed_ports())
+            by_address = self._settings.ui and self._settings.num_ingresses > 1
+            return ours | haproxy.environment(
+                self._folder / "haproxy", found, self._claimed_ports(), by_address
+            )
         if self._settings.haproxy:
             raise LaunchFailed(
                 "setting haproxy is true, and there is no HAProxy for this platform; "
@@ -140,7 +149,8 @@ class LocalCluster:
             include_dashboard=False,
             log_to_driver=True,
             logging_level="WARNING",
-            _node_ip_address="127.0.0.1" if is_loopback(self._settings.host) else None,
+            # Whatever people reach it by: with another one Ray tells its metrics to everyone, without a key.
+            _node_ip_address="127.0.0.1",
             _temp_dir=str(self._folder),
             # Pictures pass through it, nothing else; Ray would take a third of the memory.
             object_store_memory=OBJECT_STORE_BYTES,
@@ -153,36 +163,9 @@ class LocalCluster:
             signal.signal(number, signal.SIG_IGN)
         started = psutil.Process().children(recursive=True)
         ray.shutdown()
-        end_processes(started)
+        end_processes(started, STOP_SECONDS)
         self._ports.release()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def end_processes(processes: list[psutil.Process]) -> None:
-    """Ask each to stop, wait, and kill what is left."""
-    for process in processes:
-        _signal(process, signal.SIGTERM)
-    _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
-    for process in alive:
-        _signal(process, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=STOP_SECONDS)
-
-
-def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
-
-
-def stop_on_signals() -> None:
-    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt wherever the main thread is."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, _interrupt)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def why_it_failed(report: str) -> str:

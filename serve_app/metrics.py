@@ -84,24 +84,30 @@ OUTCOMES = (
     "unknown_parameter",
     "string_above_max_length",
     "invalid_json",
+    "invalid_multipart",
+    "invalid_image",
     "unsupported_media_type",
     "unsupported_value",
     "model_not_found",
     "client_closed_request",
     "model_not_ready",
     "worker_lost",
+    "request_kills_workers",
     "deadline_exceeded",
     "guard_exhausted",
     "schedule_invalid",
     "does_not_fit",
     "out_of_memory",
     "device_unavailable",
+    "device_failed",
     "engine_error",
     "internal_error",
 )
 STAGES = ("enhance", "encode", "denoise", "decode", "refine", "encode_file", "total")
 WARNINGS = (
     "size_outside_range",
+    "source_scaled",
+    "source_cut",
     "num_inference_steps_outside_range",
     "guidance_scale_outside_range",
     "prompt_truncated",
@@ -116,7 +122,7 @@ WARNINGS = (
     "picture_blocks",
     "picture_noise",
 )
-GUARDED = ("encode", "denoise", "decode", "picture")
+GUARDED = ("encode", "source", "denoise", "decode", "picture")
 RUNGS = ("same_inputs", "lower_guidance", "plain_attention", "float32", "rest_float32", "tiled")
 ATTEMPTS = ("recovered", "failed", "skipped")
 VRAM_KINDS = ("used", "free", "total", "allocated", "reserved", "peak")
@@ -211,7 +217,8 @@ SERVER_ROWS = (
         "zimage_guard_trips",
         Counter,
         "trips",
-        "Values that were not finite or absurdly large, by where: encode, denoise, decode; picture: one that "
+        "Values that were not finite or absurdly large, by where: encode, denoise, decode; source: "
+        "a picture to draw from; picture: one that "
         "looked wrong though nothing was found.",
         {"stage": GUARDED},
         starts_at_zero=True,
@@ -233,7 +240,14 @@ SERVER_ROWS = (
         "zimage_worker_retries",
         Counter,
         "requests",
-        "Requests sent to another worker because theirs had died.",
+        "Requests sent to another worker because theirs had died, or its device had failed.",
+    ),
+    MetricRow(
+        "zimage_device_failures",
+        Counter,
+        "failures",
+        "Workers whose device failed while it drew: a kernel's fault, memory that cannot be corrected, a "
+        "driver that is gone. Each is replaced.",
     ),
     MetricRow("zimage_workers_wanted", Gauge, "workers", "Image workers that the settings ask for."),
     MetricRow(
@@ -419,6 +433,8 @@ class ServerMetrics:
         self._table.set("zimage_build_info", 1, version)
         self._table.set("zimage_workers_wanted", workers_wanted)
         self._table.set("zimage_requests_in_flight", 0)
+        #: The same number, for whoever must know it within this process.
+        self.in_flight = 0
 
     def named_text(self) -> tuple[str, str]:
         """This ingress' name and its metrics as text of OpenMetrics, which has a place for exemplars."""
@@ -426,10 +442,12 @@ class ServerMetrics:
 
     def started(self) -> None:
         """A request came in; each is followed by one `record` or one `record_failure`, and one `ended`."""
+        self.in_flight += 1
         self._table.add("zimage_requests_in_flight", 1)
 
     def ended(self) -> None:
         """A request that had `started` has its answer, or nobody waits for it any more."""
+        self.in_flight -= 1
         self._table.add("zimage_requests_in_flight", -1)
 
     def record(
@@ -481,8 +499,12 @@ class ServerMetrics:
                 self._table.count("zimage_guard_retries", trip.stage, attempt.rung, attempt.outcome)
 
     def record_retry(self) -> None:
-        """A worker died under a request, which is sent to another."""
+        """A worker died under a request, or its device failed; it is sent to another."""
         self._table.count("zimage_worker_retries")
+
+    def record_device_failure(self) -> None:
+        """A worker's device failed under a request."""
+        self._table.count("zimage_device_failures")
 
 
 class WorkerMetrics:

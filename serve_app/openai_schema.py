@@ -12,20 +12,22 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve_app.error_mapping import RequestRefused
-from serve_app.image_codec import ImageEncoding
+from serve_app.image_codec import ImageEncoding, read_receipt
 from zimage_engine.types import GenerationReport, GenerationRequest, ModelDescription, Notice
 
 #: OpenAI's own limit for its image models; what the model reads of it is its token limit.
 PROMPT_CHARACTERS = 32_000
 PICTURES = 10
 PARTIAL_IMAGES = 3
+#: A picture of the usage: one token stands for this many pixels a side.
+TOKEN_SIDE_PX = 16
 #: Names that always mean the loaded model, for clients that must send some name.
 MODEL_ALIASES = ("zimage-turbo", "default")
 
@@ -34,6 +36,21 @@ _WITHOUT_NULL: dict[str, Any] = {"pattern": r"^[^\x00]*$"}
 _MOST_STEPS, _MOST_GUIDANCE, _MOST_SEED = 100, 20, 2**32 - 1
 
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
+
+
+#: The checked form of one route's body.
+Wire = TypeVar("Wire", bound="ImageGenerationRequest")
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+class Link(Protocol):
+    """Where a finished picture can be fetched, and until when in seconds since 1970."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def expires_at(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -82,8 +99,9 @@ class ImageGenerationRequest(BaseModel):
     )
     response_format: str | None = Field(
         None,
-        description="b64_json, which is also the default. url is not offered.",
-        json_schema_extra={"enum": ["b64_json", None]},
+        description="b64_json, or url: an address of this server where each picture can be fetched for a "
+        "time, without a key; null: b64_json.",
+        json_schema_extra={"enum": ["b64_json", "url", None]},
     )
     output_format: Literal["png", "jpeg", "webp"] | None = Field(
         None, description="png, jpeg or webp; null: png."
@@ -137,6 +155,10 @@ class ImageGenerationRequest(BaseModel):
     refine: bool | None = Field(
         None, description="Strengthen fine detail of the finished picture; null: where enhance is on."
     )
+    receipt: bool | None = Field(
+        None,
+        description="Tell in the answer too how each picture was made, as its file does; null: false.",
+    )
 
 
 _WHOLE_NUMBERS = frozenset(
@@ -157,12 +179,17 @@ class PictureLora(BaseModel):
     name: str
     weight: float
     adapted_modules: int
+    #: 32 hex digits of its content.
+    digest: str = ""
 
 
 class Picture(BaseModel):
     """One picture: OpenAI's fields, then how it was made."""
 
-    b64_json: str
+    b64_json: str | None = None
+    #: Where it can be fetched, and until when in seconds since 1970, where that was asked for.
+    url: str | None = None
+    expires_at: int | None = None
     revised_prompt: str
     seed: int
     steps: int
@@ -171,6 +198,31 @@ class Picture(BaseModel):
     refined: bool
     warnings: list[PictureWarning]
     loras: list[PictureLora] = []
+    #: How it was made, whole, as its file tells it too; `/v1/images/reproduce` takes it.
+    receipt: dict[str, Any] | None = None
+
+
+class InputTokens(BaseModel):
+    """What the input tokens consist of."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """OpenAI's account: tokens of the prompts that were read, and one for each 16x16 pixels drawn."""
+
+    input_tokens: int
+    input_tokens_details: InputTokens
+    output_tokens: int
+    total_tokens: int
+
+
+class EditedPicture(Picture):
+    """One picture that was drawn from another: of `steps` the last `steps_run` were drawn."""
+
+    strength: float
+    steps_run: int
 
 
 class ImagesResponse(BaseModel):
@@ -183,6 +235,7 @@ class ImagesResponse(BaseModel):
     size: str
     model: str
     data: list[Picture]
+    usage: Usage
 
 
 class ErrorBody(BaseModel):
@@ -263,18 +316,35 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 def parse(payload: Mapping[str, Any]) -> ImageGenerationRequest:
     """The checked request; raises RequestRefused with one sentence on the first thing that is wrong."""
+    return parse_as(ImageGenerationRequest, payload)
+
+
+def parse_as(wire_class: type[Wire], payload: Mapping[str, Any]) -> Wire:
+    """As `parse`, for a request that has fields beside those of a generation."""
+    wire = validated(wire_class, payload)
+    for check in _CHECKS:
+        check(wire)
+    return wire
+
+
+def validated(wire_class: type[Checked], payload: Mapping[str, Any]) -> Checked:
+    """The fields of any request; raises RequestRefused on the first that is wrong in itself."""
     try:
-        wire = ImageGenerationRequest.model_validate(_with_whole_numbers(payload))
+        return wire_class.model_validate(_with_whole_numbers(payload))
     except ValidationError as error:
         problems = error.errors(include_url=False)
         # A misspelt field explains the missing one, so it is told first.
         problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
         problem = problems[0]
         name = str(problem["loc"][0]) if problem["loc"] else None
-        _refuse(_sentence(name or "body", problem), name, _CODES.get(problem["type"], "invalid_value"))
-    for check in _CHECKS:
-        check(wire)
-    return wire
+        sentence = _sentence(name or "body", problem, wire_class)
+        _refuse(sentence, name, _CODES.get(problem["type"], "invalid_value"))
+
+
+def check_texts(wire: Any, *names: str) -> None:
+    """Raise RequestRefused where one of these fields holds what no prompt can."""
+    for name in names:
+        _check_text(name)(wire)
 
 
 def _with_whole_numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,7 +381,7 @@ def refuse_model(name: str, description: ModelDescription) -> NoReturn:
     )
 
 
-def to_engine(wire: ImageGenerationRequest) -> GenerationRequest:
+def to_engine(wire: ImageGenerationRequest, enhance_by_default: bool = True) -> GenerationRequest:
     """The request in the engine's words; None stays the model's default."""
     quality = QUALITIES[wire.quality or "auto"]
     width, height = _size(wire.size)
@@ -324,7 +394,7 @@ def to_engine(wire: ImageGenerationRequest) -> GenerationRequest:
         guidance_scale=_first(wire.guidance_scale, quality.guidance_scale),
         seed=wire.seed,
         n=_first(wire.n, 1),
-        enhance=_first(wire.enhance, True),
+        enhance=_first(wire.enhance, enhance_by_default),
         refine=wire.refine,
     )
 
@@ -339,18 +409,25 @@ def to_response(
     encoding: ImageEncoding,
     pictures: tuple[bytes, ...],
     report: GenerationReport,
+    links: Sequence[Link] | None = None,
+    *,
+    count_tokens: Callable[[str], int],
 ) -> dict[str, Any]:
-    """The body of `ImagesResponse` as plain values: building models of megabytes would only cost time."""
+    """The body of `ImagesResponse` as plain values: building models of megabytes would only cost time.
+
+    `count_tokens` counts a text's tokens as the model does, for the usage.
+    With `links`, one for each picture, it tells them and not the pictures.
+    """
     return {
         "created": int(time.time()),
         "background": "opaque",
         "output_format": encoding.format,
-        "quality": wire.quality or "auto",
+        "quality": quality_told(wire),
         "size": f"{report.width}x{report.height}",
         "model": report.model,
         "data": [
             {
-                "b64_json": base64.b64encode(picture).decode("ascii"),
+                **_where(picture, None if links is None else links[number]),
                 "revised_prompt": report.prompt,
                 "seed": made.seed,
                 "steps": report.num_inference_steps,
@@ -359,10 +436,43 @@ def to_response(
                 "refined": made.refine_seconds > 0,
                 "warnings": [_warning(notice) for notice in report.warnings + made.warnings],
                 "loras": [asdict(lora) for lora in report.loras],
+                **_edit(report),
+                **({"receipt": read_receipt(picture)} if wire.receipt else {}),
             }
-            for picture, made in zip(pictures, report.pictures, strict=True)
+            for number, (picture, made) in enumerate(zip(pictures, report.pictures, strict=True))
         ],
+        "usage": _usage(report, count_tokens),
     }
+
+
+def quality_told(wire: ImageGenerationRequest) -> str:
+    """The word for the quality that was drawn with: of a response's, auto is none."""
+    return "high" if wire.quality in (None, "auto") else wire.quality
+
+
+def _usage(report: GenerationReport, count_tokens: Callable[[str], int]) -> dict[str, Any]:
+    read = [report.prompt, *([report.negative_prompt] if report.guidance_scale > 1 else [])]
+    text_tokens = sum(count_tokens(text) for text in read)
+    tokens_a_picture = -(-report.width // TOKEN_SIDE_PX) * -(-report.height // TOKEN_SIDE_PX)
+    drawn_tokens = tokens_a_picture * len(report.pictures)
+    return {
+        "input_tokens": text_tokens,
+        "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": 0},
+        "output_tokens": drawn_tokens,
+        "total_tokens": text_tokens + drawn_tokens,
+    }
+
+
+def _edit(report: GenerationReport) -> dict[str, Any]:
+    if report.edit is None:
+        return {}
+    return {"strength": report.edit.strength, "steps_run": report.edit.steps_run}
+
+
+def _where(picture: bytes, link: Link | None) -> dict[str, Any]:
+    if link is None:
+        return {"b64_json": base64.b64encode(picture).decode("ascii")}
+    return {"url": link.url, "expires_at": link.expires_at}
 
 
 def to_model_card(description: ModelDescription, created: int) -> ModelCard:
@@ -405,7 +515,8 @@ def _check_text(name: str) -> Callable[[ImageGenerationRequest], None]:
     return check
 
 
-def _check_prompt(wire: ImageGenerationRequest) -> None:
+def check_prompt(wire: Any) -> None:
+    """Raise RequestRefused where the prompt holds nothing but white space."""
     if not wire.prompt.strip():
         _refuse("prompt holds nothing but white space; say what to draw.", "prompt")
 
@@ -415,15 +526,11 @@ def _check_size(wire: ImageGenerationRequest) -> None:
 
 
 def _check_response_format(wire: ImageGenerationRequest) -> None:
-    if wire.response_format == "url":
+    if wire.response_format not in (None, "b64_json", "url"):
         _refuse(
-            "response_format 'url' is not offered: pictures are not kept on the server. "
-            "Ask for 'b64_json', or leave response_format out.",
+            f"response_format must be 'b64_json' or 'url', got {_shown(wire.response_format)}.",
             "response_format",
-            "unsupported_value",
         )
-    if wire.response_format not in (None, "b64_json"):
-        _refuse(f"response_format must be 'b64_json', got {_shown(wire.response_format)}.", "response_format")
 
 
 def _check_compression(wire: ImageGenerationRequest) -> None:
@@ -442,6 +549,12 @@ def _check_stream(wire: ImageGenerationRequest) -> None:
             "one request for each picture, or leave stream out.",
             "n",
         )
+    if wire.stream and wire.response_format == "url":
+        _refuse(
+            "response_format must be 'b64_json' with stream true, as with OpenAI: the events carry the "
+            "picture. Leave stream out to get a url.",
+            "response_format",
+        )
     if not wire.stream and wire.partial_images:
         _refuse(
             f"partial_images {wire.partial_images} needs stream true: one answer holds finished pictures "
@@ -452,7 +565,7 @@ def _check_stream(wire: ImageGenerationRequest) -> None:
 
 #: What pydantic's types cannot say, in the order in which it is told.
 _CHECKS: tuple[Callable[[ImageGenerationRequest], None], ...] = (
-    _check_prompt,
+    check_prompt,
     _check_text("prompt"),
     _check_text("negative_prompt"),
     _check_text("model"),
@@ -487,14 +600,15 @@ _SENTENCES = {
     "finite_number": "{name} must be a finite number, got {got}.",
     "bool_type": "{name} must be true or false, got {got}.",
     "literal_error": "{name} must be one of {expected}; got {got}.",
+    "greater_than": "{name} must be above {limit:g}, got {got}.",
     "greater_than_equal": "{name} must be at least {limit:g}, got {got}.",
     "less_than_equal": "{name} must be at most {limit:g}, got {got}.",
 }
 
 
-def _sentence(name: str, problem: Any) -> str:
+def _sentence(name: str, problem: Any, wire_class: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
-        return _unknown_field(name)
+        return unknown_field(name, list(wire_class.model_fields))
     context = problem.get("ctx", {})
     value = problem["input"]
     sentence = _NOT_OFFERED.get(name) or _SENTENCES.get(problem["type"], "{name} cannot be used, got {got}.")
@@ -502,13 +616,13 @@ def _sentence(name: str, problem: Any) -> str:
         name=name,
         got=_shown(value),
         expected=context.get("expected"),
-        limit=context.get("ge", context.get("le", context.get("max_length"))),
+        limit=next((context[bound] for bound in ("gt", "ge", "le", "max_length") if bound in context), None),
         length=len(value) if isinstance(value, str) else 0,
     )
 
 
-def _unknown_field(name: str) -> str:
-    known = list(ImageGenerationRequest.model_fields)
+def unknown_field(name: str, known: list[str]) -> str:
+    """What is told about a field that is none of the `known`."""
     near = difflib.get_close_matches(name, known, n=1)
     meant = f"did you mean '{near[0]}'?" if near else "known fields are " + ", ".join(known) + "."
     return f"There is no field {_shown(name)}; {meant}"

@@ -93,6 +93,11 @@ class Ticket:
     #: Set once it no longer waits: it is admitted, or refused after all.
     moved: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def waited_seconds(self) -> float:
+        """From its coming to its turn; 0 before that."""
+        return 0.0 if self.admitted_at is None else self.admitted_at - self.entered_at
+
 
 class Pace:
     """The seconds that a unit of work takes one worker, from the last drawings."""
@@ -206,6 +211,11 @@ class FairQueue:
         return len(self._admitted)
 
     @property
+    def workers(self) -> int:
+        """Workers that the queue goes by."""
+        return self._workers
+
+    @property
     def room(self) -> int:
         """Tickets that may be at the workers at once."""
         return self._workers * TICKETS_A_WORKER + SPARE_TICKETS
@@ -214,6 +224,10 @@ class FairQueue:
         """So many draw now. While none does, tickets go through as to one, and wait for it where they are."""
         self._workers = max(1, workers)
         self._admit()
+
+    def set_bounds(self, places: int, seconds: float | None) -> None:
+        """Other bounds for those who come from now on; who waits already stays."""
+        self._places, self._seconds = places, seconds
 
     def enter(self, name: str, work: float, pictures: int = 1) -> Ticket:
         """A ticket for `pictures` of `work` in all; it is admitted already where there is room.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,15 @@ def replica_name() -> str:
         return serve.get_replica_context().replica_id.unique_id
     except RayServeException:
         return "local"
+
+
+def end_replica(exit_code: int) -> None:
+    """End this process at once, where it is a replica: Serve starts another in its place, on a fresh device.
+
+    Serve would replace one that says it is unhealthy too, but after three checks and a graceful shutdown.
+    """
+    if replica_name() != "local":
+        os._exit(exit_code)
 
 
 def own_deployment() -> DeploymentHandle | None:

@@ -18,16 +18,25 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 
-from serve_app.error_mapping import ModelNotReady, WorkerLost, is_the_servers, outcome_of, unwrap
+from serve_app.error_mapping import (
+    ModelNotReady,
+    RequestKillsWorkers,
+    WorkerLost,
+    is_the_servers,
+    outcome_of,
+    unwrap,
+)
 from serve_app.image_codec import ImageEncoding
+from serve_app.live_settings import InForce, LiveSettings, at_start
 from serve_app.logs import REQUESTS, request_id
+from serve_app.lost_workers import Losses, RefusedRequests, named_request
 from serve_app.metrics import ServerMetrics, merged
 from serve_app.queueing import Entry, FairQueue, OnPlace, turn
 from serve_app.tracing import Tracing, current, now
-from serve_app.worker_reply import Preview
-from zimage_engine.errors import DeadlineExceeded
+from serve_app.worker_reply import DrawingBegan, Preview, WorkerUnfit
+from zimage_engine.errors import DeadlineExceeded, DeviceFailed
 from zimage_engine.prompts.enhancer import enhance, unchanged
-from zimage_engine.prompts.tokens import token_counter
+from zimage_engine.prompts.tokens import PromptTokens, prompt_tokens
 from zimage_engine.sampling.plan import SamplingPlan, resolve
 from zimage_engine.types import (
     DeviceStatus,
@@ -40,6 +49,7 @@ from zimage_engine.types import (
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+    from serve_app.keys import KeyRing
     from serve_app.settings import Settings
     from serve_app.worker_reply import WorkerReply
 
@@ -65,10 +75,14 @@ RESTART_POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether pictures can be drawn now, and in one sentence why not."""
+    """Whether pictures can be drawn now, and in one sentence why not.
+
+    `former_settings` where the last `user_config` was refused, and what held before it still holds.
+    """
 
     ready: bool
     reason: str
+    former_settings: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,16 @@ class _Watcher:
     on_progress: OnProgress
     on_preview: OnPreview | None
     previews: int
+
+
+_NOBODY = _Watcher(lambda progress: None, None, 0)
+
+
+@dataclass
+class _Begun:
+    """Whether a worker has begun with what was handed to it; of a reply without a stream nothing is known."""
+
+    is_known_not_to_be: bool = False
 
 
 class ImageService:
@@ -90,8 +114,11 @@ class ImageService:
         settings: Settings,
         ingresses: DeploymentHandle | None = None,
         tracing: Tracing | None = None,
+        keys: KeyRing | None = None,
     ) -> None:
         """`ingresses` reaches every ingress, this one too; None where there is only this one.
+
+        `keys` tell what each caller by key may have; without them all have what the settings say.
 
         A request that has no trace yet gets one from `tracing`; None: requests are not traced.
         """
@@ -99,16 +126,18 @@ class ImageService:
         self._streaming_worker = worker.options(stream=True)
         self._ingresses = ingresses
         self._metrics = metrics
-        self._settings = settings
+        self._in_force = InForce(at_start(settings))
         self._tracing = tracing
         self._description: ModelDescription | None = None
+        self._tokens: PromptTokens | None = None
         self._count_tokens: Callable[[str], int] | None = None
         self._answered_at = float("-inf")
-        entry = Entry("normal", settings.pictures_at_once, settings.requests_a_minute)
+        self._keys = keys
         self._queue = FairQueue(
-            settings.max_queued_requests, settings.max_queue_seconds, entry_of=lambda name: entry
+            settings.max_queued_requests, settings.max_queue_seconds, entry_of=self._entry_of
         )
-        self._queue.set_workers(settings.num_replicas)
+        self._queue.set_workers(settings.fewest_workers)
+        self._refused = RefusedRequests()
         self._counted_at = float("-inf")
         self._counting: asyncio.Task[bool] | None = None
 
@@ -130,26 +159,32 @@ class ImageService:
         `on_progress` is called after each step, and `on_preview` after `previews` of them, or after fewer
         where some cannot be made; after a worker's death both begin again with the first step. Cancelling
         stops the drawing in the worker.
-        Raises InvalidRequest, ModelNotReady, QueueFull, CallerLimited, DeadlineExceeded or WorkerLost.
+        Raises InvalidRequest, ModelNotReady, QueueFull, CallerLimited, DeadlineExceeded, WorkerLost,
+        RequestKillsWorkers or DeviceFailed.
         """
         with self._traced():
             started = time.monotonic()
             watcher = None if on_progress is None else _Watcher(on_progress, on_preview, previews)
             with self.failures_counted():
-                async with self._in_time():
+                # What an operator changes from here on holds for the next request.
+                live = self.live
+                request = _with_defaults(request, live)
+                async with self._in_time(live.request_seconds):
                     description = await self.description_when_ready()
                     # What cannot be drawn is told now, not after a place in the queue has come up.
                     plan = resolve(request, description)
                     enhancing, enhancing_at = time.perf_counter(), now()
-                    enhanced = self._enhanced(plan, request.enhance, description)
+                    enhanced = self._enhanced(plan, request.enhance and bool(plan.prompt), description)
                     enhance_seconds = time.perf_counter() - enhancing
                     asked_at = now()
                     if request.enhance:
                         current().passed("enhance", enhancing_at, asked_at)
+                    self._refuse_what_kills(request, plan)
                     work = work_of(plan)
                     self._count_workers_soon()
-                    async with turn(self._queue, asked_by, work, len(plan.seeds), on_place):
-                        reply = await self._drawn(_ready_to_draw(request, plan, enhanced), encoding, watcher)
+                    async with turn(self._queue, asked_by, work, len(plan.seeds), on_place) as ticket:
+                        ready = _ready_to_draw(request, plan, enhanced)
+                        reply = await self._drawn(request, ready, plan, encoding, watcher)
                         self._queue.pace.learn(work, reply.report.seconds)
                     self._count_workers_soon()
             report = replace(reply.report, enhancement=enhanced)
@@ -160,16 +195,44 @@ class ImageService:
             current().drawn(reply, report, asked_at)
             told = {"outcome": "ok", "seconds": round(seconds, 3), "pictures": len(report.pictures)}
             requests.info("request ended", extra=told)
-            return replace(reply, report=report)
+            return replace(reply, report=report, queue_seconds=ticket.waited_seconds)
+
+    def _entry_of(self, asked_by: str) -> Entry:
+        """What a caller may: by the settings, and where it carries a key by what the key's line says."""
+        of_all = Entry("normal", self.live.pictures_at_once, self.live.requests_a_minute)
+        return of_all if self._keys is None else self._keys.entry_of(asked_by, of_all)
+
+    @property
+    def live(self) -> LiveSettings:
+        """What holds for a request that begins now."""
+        return self._in_force.live
+
+    def use(self, in_force: InForce) -> None:
+        """From now on `in_force` holds. Who waits in the queue stays, also beyond a smaller bound."""
+        self._in_force = in_force
+        self._queue.set_bounds(in_force.live.max_queued_requests, in_force.live.max_queue_seconds)
+
+    @property
+    def in_force(self) -> InForce:
+        """The live settings, and whether the last that were given were refused."""
+        return self._in_force
+
+    def tickets_for_jobs(self) -> int:
+        """How many jobs may stand in the queue at once: as many as keep the workers busy, and no more."""
+        return self._queue.room
+
+    def seconds_for(self, work: float) -> float | None:
+        """How long the workers take for so much, by the last drawings; None before the first."""
+        pace = self._queue.pace.seconds_a_unit
+        return None if pace is None else work * pace / self._queue.workers
 
     def rate_headers(self, asked_by: str) -> dict[str, str]:
         """What a caller is told of the requests a minute that are left; nothing where they have no limit."""
         return self._queue.headers_of(asked_by)
 
     @asynccontextmanager
-    async def _in_time(self) -> AsyncIterator[None]:
+    async def _in_time(self, seconds: float | None) -> AsyncIterator[None]:
         """Ends what is inside, and the drawing with it, when the request's time is over."""
-        seconds = self._settings.request_seconds
         try:
             async with asyncio.timeout(seconds) as limit:
                 yield
@@ -208,18 +271,26 @@ class ImageService:
         """The tokens of `text` as the model counts them; 0 where its tokenizer is not known."""
         return self._count_tokens(text) if self._count_tokens is not None else 0
 
+    @property
+    def tokens(self) -> PromptTokens | None:
+        """The model's tokenizer; None until its description is there, and where it has none to tell."""
+        return self._tokens
+
     async def description(self) -> ModelDescription | None:
-        """What the workers loaded; None until the first of them has its model. Asked once, then kept."""
+        """What the workers loaded; None until the first of them has its model. Asked once, then kept.
+
+        Its defaults of steps and guidance are those of the live settings, where these name any.
+        """
         if self._description is None:
             await self._look_for_workers()
-        return self._description
+        return None if self._description is None else _with_live_defaults(self._description, self.live)
 
     async def description_when_ready(self) -> ModelDescription:
         """What the workers loaded, as soon as one has its model: a new version's ingress is there first.
 
         Raises ModelNotReady after the setting `worker_restart_seconds`.
         """
-        deadline = time.monotonic() + self._settings.worker_restart_seconds
+        deadline = time.monotonic() + self.live.worker_restart_seconds
         while (description := await self.description()) is None:
             if time.monotonic() >= deadline:
                 raise ModelNotReady(self._reason_not_ready())
@@ -229,8 +300,8 @@ class ImageService:
     async def readiness(self) -> Readiness:
         """Whether a worker with its model answers at this moment."""
         if time.monotonic() - self._answered_at > READY_CACHE_SECONDS and not await self._look_for_workers():
-            return Readiness(False, self._reason_not_ready())
-        return Readiness(True, "ready")
+            return Readiness(False, self._reason_not_ready(), bool(self._in_force.refusal))
+        return Readiness(True, "ready", bool(self._in_force.refusal))
 
     async def device_status(self) -> DeviceStatus | None:
         """The device of one worker; None where no worker answers."""
@@ -255,35 +326,90 @@ class ImageService:
         )
 
     async def _drawn(
-        self, request: GenerationRequest, encoding: ImageEncoding, watcher: _Watcher | None
+        self,
+        asked: GenerationRequest,
+        request: GenerationRequest,
+        plan: SamplingPlan,
+        encoding: ImageEncoding,
+        watcher: _Watcher | None,
     ) -> WorkerReply:
-        """Hand over to a worker; once more, should it die. The seed is fixed, so the picture is the same."""
-        try:
-            return await self._asked_of_a_worker(request, encoding, watcher)
-        except RayActorError:
-            logger.warning("a worker died while it drew; the request waits for another")
-        self._metrics.record_retry()
-        current().happened("worker died")
-        await self._until_a_worker_answers()
-        try:
-            return await self._asked_of_a_worker(request, encoding, watcher)
-        except RayActorError as error:
-            raise WorkerLost(
-                "The worker died while it drew this picture, and so did the one that tried again. "
-                "If it is a large picture, ask for a smaller one; otherwise send the request again."
-            ) from error
+        """Hand over to a worker, or to another where it is lost: the seed is fixed, and so is the picture.
+
+        Two deaths while it was drawn itself end it with RequestKillsWorkers: a third worker is not risked.
+        Deaths of a worker that drew something else cost it time alone, so one that waits behind a killer is
+        served. Of a request that is not watched the first death counts without being asked about: the one
+        stream more that would tell is spent after a death only. What is given up for this: who is killed
+        twice by something else, such as a node that runs out of memory, is refused too, and told. `asked` is
+        `request` before it was made ready to draw.
+        """
+        losses = Losses()
+        while True:
+            begun = _Begun()
+            try:
+                return await self._asked_of_a_worker(request, encoding, watcher, begun)
+            except WorkerUnfit:
+                losses.handovers += 1
+                await asyncio.sleep(RESTART_POLL_SECONDS)
+            except DeviceFailed as failed:
+                losses.device_failures += 1
+                named = named_request(request_id(), plan)
+                logger.warning("a worker's device failed while it drew %s: %s", named, failed)
+                self._metrics.record_device_failure()
+                current().happened("device failed")
+                if losses.are_too_many:
+                    raise
+                self._metrics.record_retry()
+            except RayActorError as died:
+                if begun.is_known_not_to_be:
+                    losses.handovers += 1
+                else:
+                    losses.deaths += 1
+                if losses.are_its_own_doing:
+                    raise self._refusal(asked, plan) from died
+                logger.warning("a worker died; the request waits for another")
+                self._metrics.record_retry()
+                current().happened("worker died")
+            if losses.are_too_many:
+                raise WorkerLost(
+                    "Worker after worker was lost before it could begin with this picture. Send the request "
+                    "again later; the server's log says what became of them."
+                )
+            await self._until_a_worker_answers()
+            watcher = watcher or _NOBODY
+
+    def _refusal(self, request: GenerationRequest, plan: SamplingPlan) -> RequestKillsWorkers:
+        """What a request is told that two workers died of, now and when it comes again."""
+        named = named_request(request_id(), plan)
+        self._refused.add(request, plan, named)
+        logger.error("two workers died while they drew %s; it is refused for an hour", named)
+        return RequestKillsWorkers(
+            f"Two workers died while they drew this request ({named}), so it is not tried again, and is "
+            "refused for an hour. Ask for a smaller picture, fewer steps or another prompt; the server's log "
+            "tells more."
+        )
+
+    def _refuse_what_kills(self, request: GenerationRequest, plan: SamplingPlan) -> None:
+        """Raise RequestKillsWorkers, before another worker dies, for what two have died of lately."""
+        named = self._refused.find(request, plan)
+        if named is None:
+            return
+        raise RequestKillsWorkers(
+            f"Two workers died while they drew this within the last hour ({named}), so it is not drawn. Ask "
+            "for a smaller picture, fewer steps or another prompt, or send it again in an hour."
+        )
 
     async def _asked_of_a_worker(
-        self, request: GenerationRequest, encoding: ImageEncoding, watcher: _Watcher | None
+        self, request: GenerationRequest, encoding: ImageEncoding, watcher: _Watcher | None, begun: _Begun
     ) -> WorkerReply:
         traced = {"trace_id": current().id} if current().id else {}
         try:
             if watcher is None:
                 return await _awaited(self._worker.generate.remote(request, encoding, **traced))
+            begun.is_known_not_to_be = True
             stream = self._streaming_worker.generate_streaming.remote(
                 request, encoding, watcher.previews, **traced
             )
-            return await _followed(stream, watcher)
+            return await _followed(stream, watcher, begun)
         except Exception as error:
             original = unwrap(error)
             if original is error:
@@ -291,12 +417,13 @@ class ImageService:
             raise original from None
 
     async def _until_a_worker_answers(self) -> None:
-        deadline = time.monotonic() + self._settings.worker_restart_seconds
+        seconds = self.live.worker_restart_seconds
+        deadline = time.monotonic() + seconds
         while not await self._look_for_workers():
             if time.monotonic() >= deadline:
                 raise WorkerLost(
                     "The worker died while it drew this picture, and no other came up within "
-                    f"{self._settings.worker_restart_seconds:g} seconds. Send the request again later."
+                    f"{seconds:g} seconds. Send the request again later."
                 )
             await asyncio.sleep(RESTART_POLL_SECONDS)
 
@@ -309,7 +436,8 @@ class ImageService:
         if self._description is None:
             description: ModelDescription = descriptions[0]
             if description.tokenizer_json:
-                self._count_tokens = token_counter(description.tokenizer_json)
+                self._tokens = prompt_tokens(description.tokenizer_json)
+                self._count_tokens = self._tokens.count
             self._description = description
         return True
 
@@ -346,7 +474,28 @@ class ImageService:
 def work_of(plan: SamplingPlan) -> float:
     """What drawing it costs, in megapixel-steps; with guidance each step is computed twice."""
     passes = 2 if plan.guidance_scale > 1 else 1
-    return plan.width_px * plan.height_px / 1e6 * plan.steps * passes * len(plan.seeds)
+    return plan.width_px * plan.height_px / 1e6 * plan.drawn_steps * passes * len(plan.seeds)
+
+
+def _with_live_defaults(description: ModelDescription, live: LiveSettings) -> ModelDescription:
+    if live.default_steps is None and live.default_guidance_scale is None:
+        return description
+    steps, guidance = live.default_steps, live.default_guidance_scale
+    return replace(
+        description,
+        default_steps=description.default_steps if steps is None else steps,
+        default_guidance_scale=description.default_guidance_scale if guidance is None else guidance,
+    )
+
+
+def _with_defaults(request: GenerationRequest, live: LiveSettings) -> GenerationRequest:
+    """The worker knows the model's own defaults alone; what the caller named stays."""
+    chosen: dict[str, Any] = {}
+    if request.num_inference_steps is None:
+        chosen["num_inference_steps"] = live.default_steps
+    if request.guidance_scale is None:
+        chosen["guidance_scale"] = live.default_guidance_scale
+    return replace(request, **chosen)
 
 
 def _name_of_request() -> dict[str, str]:
@@ -378,9 +527,12 @@ async def _awaited(response: Any) -> WorkerReply:
         raise
 
 
-async def _followed(stream: Any, watcher: _Watcher) -> WorkerReply:
+async def _followed(stream: Any, watcher: _Watcher, begun: _Begun) -> WorkerReply:
     try:
         async for item in stream:
+            begun.is_known_not_to_be = False  # the first of all items is DrawingBegan
+            if isinstance(item, DrawingBegan):
+                continue
             if isinstance(item, StepProgress):
                 called = watcher.on_progress(item)
                 if inspect.isawaitable(called):

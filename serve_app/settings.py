@@ -6,19 +6,23 @@ else from the environment (`ZIMAGE_PORT=7861`), else from the YAML file that `ZI
 
 from __future__ import annotations
 
+import base64
 import difflib
 import importlib.util
 import ipaddress
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+from platformdirs import user_data_path
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import YamlConfigSettingsSource as YamlSource
 
+from serve_app.results import check_place
 from zimage_engine.errors import InvalidRequest
 from zimage_engine.loading.lora_weight import LoraWeight, parse_lora
 from zimage_engine.memory.residency import MemoryWishes, parse_memory
@@ -26,6 +30,8 @@ from zimage_engine.types import EMBEDDING_CACHE_BYTES
 
 ENVIRONMENT_PREFIX = "ZIMAGE_"
 CONFIG_FILE_VARIABLE = "ZIMAGE_CONFIG"
+#: Names the file with the secret of the HAProxy that `launch` puts in front; for our own processes alone.
+PROXY_SECRET_VARIABLE = "ZIMAGE_PROXY_SECRET_FILE"
 #: PyTorch's own, the present name and the one before.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -38,7 +44,12 @@ class Settings(BaseSettings):
     """What a person who runs the server can choose."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True, protected_namespaces=()
+        env_prefix=ENVIRONMENT_PREFIX,
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        # Serve shows errors as they stand, and the arguments may hold a key.
+        hide_input_in_errors=True,
     )
 
     model: str | None = Field(
@@ -102,6 +113,35 @@ class Settings(BaseSettings):
     num_replicas: int = Field(
         default=1, ge=1, le=1024, description="Image workers; each holds the model on a GPU of its own."
     )
+    max_replicas: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Let the image workers grow with the queue, up to so many, in place of num_replicas; "
+        "empty: always num_replicas.",
+    )
+    min_replicas: int = Field(
+        default=1, ge=1, le=1024, description="With max_replicas: image workers that stay without requests."
+    )
+    upscale_seconds: float = Field(
+        default=10,
+        ge=0,
+        le=3600,
+        description="With max_replicas: how long more requests than workers must be there before more start.",
+    )
+    downscale_seconds: float = Field(
+        default=600,
+        ge=0,
+        le=86400,
+        description="With max_replicas: how long workers must be idle before they end; loading a model again "
+        "costs more than keeping it for a while.",
+    )
+    num_ingresses: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that answer HTTP; each has a queue of its own, and the workers are shared.",
+    )
     num_gpus: float | None = Field(
         default=None,
         ge=0,
@@ -116,6 +156,22 @@ class Settings(BaseSettings):
         le=1024,
         description="Threads that a worker computes with; empty: every core that the process may use, shared "
         "out among num_replicas.",
+    )
+    default_steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="Steps where the caller names none; empty: the model's own.",
+    )
+    default_guidance_scale: float | None = Field(
+        default=None,
+        ge=0,
+        le=20,
+        allow_inf_nan=False,
+        description="Guidance where the caller names none, 1 is off; empty: the model's own.",
+    )
+    default_enhance: bool = Field(
+        default=True, description="Whether prompts are enhanced where the caller does not say."
     )
     max_queued_requests: int = Field(
         default=64,
@@ -161,8 +217,22 @@ class Settings(BaseSettings):
         le=3600,
         description="How long a request waits for a worker: a new one when its own has died, or the first.",
     )
+    drain_seconds: float = Field(
+        default=30,
+        ge=0,
+        le=3600,
+        description="How long `launch`, when it is told to end, lets the requests that it has accepted "
+        "finish.",
+    )
     max_body_bytes: int = Field(
         default=1024 * 1024, ge=1024, description="Largest request body; more is answered with 413."
+    )
+    max_image_bytes: int = Field(
+        default=20 * 1024 * 1024,
+        ge=1024,
+        le=256 * 1024 * 1024,
+        description="Largest body of a request to edit a picture, with the files in it; more is answered "
+        "with 413.",
     )
     body_seconds: float = Field(
         default=30,
@@ -192,6 +262,11 @@ class Settings(BaseSettings):
         description="Web pages elsewhere that may call the API from a browser, such as "
         "https://app.example.org; empty: none.",
     )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Proxies before the server whose X-Forwarded-For, -Proto and -Host are believed: "
+        "addresses or networks, such as 10.1.0.0/16; empty: none but the HAProxy of `launch`.",
+    )
     audit_log: bool | None = Field(
         default=None,
         description="A log line for each request that changes something or is refused: who, what, outcome, "
@@ -207,6 +282,56 @@ class Settings(BaseSettings):
         default=None,
         description="Collector that gets an OpenTelemetry trace of each request by OTLP over HTTP, such as "
         "http://127.0.0.1:4318; empty: no traces.",
+    )
+    data_dir: Path = Field(
+        default_factory=lambda: user_data_path("zimage-turbo"),
+        description="Folder for what outlives a restart, such as pictures that were asked for as url; empty: "
+        "zimage-turbo in the user's data folder.",
+    )
+    results_url: str | None = Field(
+        default=None,
+        description="Where pictures that were asked for as url are kept, such as s3://bucket/prefix, for "
+        "servers on several machines; empty: a folder below data_dir.",
+    )
+    result_seconds: float = Field(
+        default=24 * 3600,
+        ge=1,
+        le=10 * 365 * 24 * 3600,
+        allow_inf_nan=False,
+        description="How long a kept picture can be fetched.",
+    )
+    result_bytes: int = Field(
+        default=10 * 2**30,
+        ge=64 * 2**20,
+        description="How much is kept in all, such as 10GiB or bytes; beyond it the oldest are removed.",
+    )
+    jobs_url: SecretStr | None = Field(
+        default=None,
+        description="PostgreSQL database that jobs are kept in, such as postgresql://user:password@host/db, "
+        "for servers on several machines; empty: a file below data_dir.",
+    )
+    job_seconds: float = Field(
+        default=7 * 24 * 3600,
+        ge=24 * 3600,
+        le=10 * 365 * 24 * 3600,
+        allow_inf_nan=False,
+        description="How long a job that has ended is remembered, and one that nobody draws waits.",
+    )
+    max_jobs: int = Field(
+        default=10_000, ge=1, description="Jobs that may wait or be drawn; more are answered with 429."
+    )
+    max_jobs_of_caller: int = Field(
+        default=1_000, ge=1, description="The same of one key's; without keys of all callers."
+    )
+    webhook_url: str | None = Field(
+        default=None,
+        description="Address that is told of the end of each job that names none itself; empty: none.",
+    )
+    webhook_secret: SecretStr | None = Field(
+        default=None, description="Secret that these are signed with: whsec_ and 24 to 64 bytes in base64."
+    )
+    webhook_private_addresses: bool = Field(
+        default=False, description="Let webhooks go to this machine and to addresses of private networks."
     )
     ui: bool = Field(default=True, description="Serve the page at /.")
     haproxy: bool | None = Field(
@@ -225,6 +350,10 @@ class Settings(BaseSettings):
         "device",
         "api_key",
         "api_keys_file",
+        "results_url",
+        "jobs_url",
+        "webhook_url",
+        "webhook_secret",
         mode="before",
     )
     @classmethod
@@ -232,7 +361,7 @@ class Settings(BaseSettings):
         """An empty string, as `ZIMAGE_MODEL=` gives it, is no value."""
         return None if isinstance(value, str) and not value.strip() else value
 
-    @field_validator("allowed_hosts", "cors_origins", mode="before")
+    @field_validator("allowed_hosts", "cors_origins", "trusted_proxies", mode="before")
     @classmethod
     def _read_names(cls, value: Any) -> Any:
         """A list, or text with commas between."""
@@ -262,6 +391,17 @@ class Settings(BaseSettings):
                 )
         return value
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies_are_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for each in value:
+            if not _is_some_network(each):
+                raise ValueError(
+                    "setting trusted_proxies must be addresses or networks, such as 10.1.2.3 or 10.1.0.0/16, "
+                    f"and never all there are, got {each!r}"
+                )
+        return value
+
     @field_validator("otlp_endpoint")
     @classmethod
     def _read_collector(cls, value: str | None) -> str | None:
@@ -279,6 +419,68 @@ class Settings(BaseSettings):
                 "pip install 'zimage-turbo[tracing]', or leave the setting out"
             )
         return value.rstrip("/").removesuffix("/v1/traces")
+
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _empty_is_the_users(cls, value: Any) -> Any:
+        """An empty string, as `ZIMAGE_DATA_DIR=` gives it, is no value."""
+        is_empty = isinstance(value, str) and not value.strip()
+        return user_data_path("zimage-turbo") if is_empty else Path(value).expanduser()
+
+    @field_validator("results_url")
+    @classmethod
+    def _results_can_be_kept(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_place(value)
+        return value
+
+    @field_validator("jobs_url")
+    @classmethod
+    def _jobs_are_in_postgresql(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value.get_secret_value())
+            is_database = parts.scheme in ("postgres", "postgresql") and parts.port != 0
+        except ValueError:
+            is_database = False
+        if not is_database:
+            # What it is instead is not told: it may hold a password.
+            raise ValueError(
+                "setting jobs_url must be a database such as postgresql://user:password@host/name; empty "
+                "keeps jobs in a file below data_dir"
+            )
+        if not _is_installed("psycopg"):
+            raise ValueError(
+                "setting jobs_url needs a package that is not installed here: "
+                "pip install 'zimage-turbo[postgres]'"
+            )
+        return value
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _webhooks_go_somewhere(cls, value: str | None) -> str | None:
+        if value is not None and ("@" in value or not _is_web_address(value.partition("?")[0])):
+            raise ValueError("setting webhook_url must be an address such as https://example.org/done")
+        return value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _webhooks_can_be_signed(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not is_webhook_secret(value.get_secret_value()):
+            raise ValueError("setting webhook_secret must be whsec_ and then 24 to 64 bytes in base64")
+        return value
+
+    @field_validator("result_bytes", mode="before")
+    @classmethod
+    def _read_result_bytes(cls, value: Any) -> Any:
+        """Bytes, or text with a unit."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return parse_memory(value, "setting result_bytes")
+        except InvalidRequest as wrong:
+            raise ValueError(str(wrong)) from wrong
 
     @field_validator("vram", mode="before")
     @classmethod
@@ -303,6 +505,11 @@ class Settings(BaseSettings):
             return parse_memory(value, "setting embedding_cache")
         except InvalidRequest as wrong:
             raise ValueError(f"{wrong}; 0 keeps no prompts") from wrong
+
+    @property
+    def results_place(self) -> Path | str:
+        """Where finished pictures are kept: a folder, or as text a URL."""
+        return self.results_url or self.data_dir / "results"
 
     @property
     def memory(self) -> MemoryWishes:
@@ -337,6 +544,24 @@ class Settings(BaseSettings):
             raise ValueError(str(wrong)) from wrong
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_are_known(cls, given: Any) -> Any:
+        """Serve shows what is raised here as it stands, so it is a sentence."""
+        unknown = [name for name in given if name not in cls.model_fields] if isinstance(given, dict) else []
+        if unknown:
+            raise ValueError("; ".join(no_such("setting", name, cls.model_fields) for name in unknown))
+        return given
+
+    @model_validator(mode="after")
+    def _workers_grow_upwards(self) -> Settings:
+        if self.max_replicas is not None and self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"setting max_replicas must be at least min_replicas, {self.min_replicas}, "
+                f"got {self.max_replicas}"
+            )
+        return self
+
     @model_validator(mode="after")
     def _open_address_needs_a_key(self) -> Settings:
         if not is_loopback(self.host) and self.api_key is None and self.api_keys_file is None:
@@ -369,6 +594,16 @@ class Settings(BaseSettings):
         return sources
 
     @property
+    def fewest_workers(self) -> int:
+        """Workers that are there when nothing is asked."""
+        return self.num_replicas if self.max_replicas is None else self.min_replicas
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that may share a machine when much is asked."""
+        return self.max_replicas or self.num_replicas
+
+    @property
     def url(self) -> str:
         """Where a person on this machine opens the page."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
@@ -384,6 +619,23 @@ def _is_web_address(text: str) -> bool:
         return False
     named = parts.scheme in ("http", "https") and bool(parts.hostname) and is_port
     return named and not parts.query and not parts.fragment
+
+
+def _is_some_network(text: str) -> bool:
+    """Whether it is an address or a network, and not the network of all addresses."""
+    try:
+        return ipaddress.ip_network(text).prefixlen > 0
+    except ValueError:
+        return False
+
+
+def is_webhook_secret(text: str) -> bool:
+    """Whether it is a secret in the form of Standard Webhooks: a prefix, and 24 to 64 bytes in base64."""
+    try:
+        key = base64.b64decode(text.removeprefix("whsec_"), validate=True)
+    except ValueError:  # also for what is no ASCII
+        return False
+    return text.startswith("whsec_") and 24 <= len(key) <= 64
 
 
 def _is_installed(module: str) -> bool:
@@ -422,10 +674,20 @@ def allocator_environment() -> dict[str, str]:
     return chosen or {ALLOCATOR_VARIABLES[0]: "expandable_segments:True"}
 
 
+def proxy_secret() -> bytes | None:
+    """What the HAProxy of `launch` shows to our ingresses; None where there is none."""
+    try:
+        return Path(os.environ[PROXY_SECRET_VARIABLE]).read_bytes() or None
+    except (KeyError, OSError):
+        return None
+
+
 def refuse_unknown_variables(settings: type[BaseSettings]) -> None:
     """Raise SettingsError for a `ZIMAGE_...` variable that no setting reads: a slip would go unnoticed."""
     known = {ENVIRONMENT_PREFIX + name.upper() for name in settings.model_fields} | {CONFIG_FILE_VARIABLE}
     for variable in os.environ:
+        if variable.upper() == PROXY_SECRET_VARIABLE:
+            continue
         if variable.upper().startswith(ENVIRONMENT_PREFIX) and variable.upper() not in known:
             near = difflib.get_close_matches(variable.upper(), known, n=1)
             meant = f"did you mean {near[0]}?" if near else "known are " + ", ".join(sorted(known))
@@ -443,13 +705,17 @@ def load_settings(**chosen: Any) -> Settings:
         raise SettingsError("; ".join(_sentence(problem) for problem in error.errors())) from None
 
 
+def no_such(kind: str, name: str, known: Iterable[str]) -> str:
+    """The sentence for a name that nothing reads, with the nearest that is known."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    meant = f"did you mean {near[0]}?" if near else "known are " + ", ".join(names)
+    return f"there is no {kind} {name}; {meant}"
+
+
 def _sentence(problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, Settings.model_fields, n=1)
-        meant = f"did you mean {near[0]}?" if near else "known are " + ", ".join(Settings.model_fields)
-        return f"there is no setting {name}; {meant}"
     complaint = problem["msg"][:1].lower() + problem["msg"][1:]
     return f"setting {name}: {complaint}, got {problem['input']!r}; {Settings.model_fields[name].description}"

@@ -19,7 +19,14 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.error_mapping import answer_for
 from serve_app.image_codec import ImageEncoding
-from serve_app.openai_schema import ErrorResponse, ImageGenerationRequest, Picture, to_response
+from serve_app.openai_schema import (
+    ErrorResponse,
+    ImageGenerationRequest,
+    Picture,
+    Usage,
+    quality_told,
+    to_response,
+)
 from serve_app.queueing import Place
 from serve_app.service import ImageService
 from serve_app.worker_reply import Preview, WorkerReply
@@ -31,27 +38,9 @@ from zimage_engine.types import GenerationRequest, StepProgress
 OPEN_AFTER_SECONDS = 5.0
 #: Between two signs of life on a stream that has nothing to tell.
 BEAT_SECONDS = 10.0
-#: A picture of the usage: one token stands for this many pixels a side.
-TOKEN_SIDE_PX = 16
 
 #: Takes the bytes of one event or comment.
 Tell = Callable[[bytes], None]
-
-
-class InputTokens(BaseModel):
-    """What the input tokens consist of."""
-
-    text_tokens: int
-    image_tokens: int
-
-
-class Usage(BaseModel):
-    """OpenAI's account: tokens of the prompts that were read, and one for each 16x16 pixels drawn."""
-
-    input_tokens: int
-    input_tokens_details: InputTokens
-    output_tokens: int
-    total_tokens: int
 
 
 class PartialImageEvent(BaseModel):
@@ -239,7 +228,7 @@ class _Teller:
             "b64_json": base64.b64encode(preview.file).decode("ascii"),
             "created_at": int(time.time()),
             "size": f"{preview.width}x{preview.height}",
-            "quality": self._wire.quality or "auto",
+            "quality": quality_told(self._wire),
             "background": "opaque",
             "output_format": self._encoding.format,
         }
@@ -253,29 +242,19 @@ def _completed(
     reply: WorkerReply,
     count_tokens: Callable[[str], int],
 ) -> dict[str, Any]:
-    report = reply.report
-    answer = to_response(wire, encoding, reply.pictures, report)
+    answer = to_response(wire, encoding, reply.pictures, reply.report, count_tokens=count_tokens)
     (picture,) = answer.pop("data")
-    read = [report.prompt, *([report.negative_prompt] if report.guidance_scale > 1 else [])]
-    text_tokens = sum(count_tokens(text) for text in read)
-    drawn_tokens = -(-report.width // TOKEN_SIDE_PX) * -(-report.height // TOKEN_SIDE_PX)
     return {
         "type": "image_generation.completed",
         "created_at": answer.pop("created"),
         **answer,
         **picture,
-        "usage": {
-            "input_tokens": text_tokens,
-            "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": 0},
-            "output_tokens": drawn_tokens,
-            "total_tokens": text_tokens + drawn_tokens,
-        },
     }
 
 
 def events_in_docs() -> dict[str, Any]:
     """What /openapi.json says of the stream: each event's data, and how a stream looks."""
-    common = {"size": "256x256", "quality": "auto", "background": "opaque", "output_format": "png"}
+    common = {"size": "256x256", "quality": "high", "background": "opaque", "output_format": "png"}
     partial = {
         "type": "image_generation.partial_image",
         "partial_image_index": 0,

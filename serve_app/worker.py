@@ -19,13 +19,15 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from serve_app.image_codec import ImageEncoding, PictureFacts, encode, encode_preview
+from serve_app.image_codec import ImageEncoding, encode, encode_preview, facts_of
+from serve_app.live_settings import InForce, at_start
 from serve_app.logs import in_trace, log_to_terminal, trace_id_of_request
 from serve_app.metrics import MemoryFigures, WorkerMetrics
-from serve_app.replica import replica_name
+from serve_app.replica import end_replica, replica_name
 from serve_app.settings import Settings
-from serve_app.worker_reply import Preview, WorkerReply, WorkerTimes
+from serve_app.worker_reply import DrawingBegan, Preview, WorkerReply, WorkerTimes, WorkerUnfit
 from zimage_engine.cpu import Cores, ThreadPlan, plan_threads, read_cores
+from zimage_engine.errors import DeviceFailed
 from zimage_engine.sampling.control import DrawingControl, OnLatents
 from zimage_engine.types import (
     DeviceStatus,
@@ -44,7 +46,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Publish = Callable[[StepProgress], Any]
+Publish = Callable[[DrawingBegan | StepProgress], Any]
+
+#: How long the answers of a worker whose device has failed may take to be on their way, and to arrive.
+LEAVE_SECONDS = 5.0
+ANSWER_SECONDS = 0.5
+#: The exit code of a worker whose device has failed.
+DEVICE_FAILED = 74
 
 
 class ImageWorker:
@@ -57,13 +65,22 @@ class ImageWorker:
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
         self._turn = asyncio.Lock()
-        self._drawing_seconds = settings.drawing_seconds
+        self._asked = 0
+        #: Why this worker draws no more; None while it is well.
+        self._failure: str | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        self._settings = settings
+        self._in_force = InForce(at_start(settings))
         loop = asyncio.get_running_loop()
         began = time.perf_counter()
         self._engine: Engine = await loop.run_in_executor(self._device_thread, _load_engine, settings)
         loaded_seconds, repairs = time.perf_counter() - began, len(self._engine.repairs)
         self._description = self._engine.description
         self._metrics = WorkerMetrics(replica_name(), self._description, loaded_seconds, repairs)
+
+    async def reconfigure(self, user_config: Any) -> None:
+        """Called by Serve with a new `user_config`, also while one is drawn: it holds for the next."""
+        self._in_force = self._in_force.after(user_config, self._settings, "ImageWorker")
 
     async def generate(
         self, request: GenerationRequest, encoding: ImageEncoding, trace_id: str = ""
@@ -77,15 +94,15 @@ class ImageWorker:
 
     async def generate_streaming(
         self, request: GenerationRequest, encoding: ImageEncoding, previews: int = 0, trace_id: str = ""
-    ) -> AsyncIterator[StepProgress | Preview | WorkerReply]:
-        """As `generate`, with a StepProgress after each step before the reply.
+    ) -> AsyncIterator[DrawingBegan | StepProgress | Preview | WorkerReply]:
+        """As `generate`, with a DrawingBegan when its turn is and a StepProgress after each step before it.
 
         `previews` of the steps are followed by a Preview; by fewer where some cannot be made.
         """
-        told: asyncio.Queue[StepProgress | Future[Preview] | None] = asyncio.Queue()
+        told: asyncio.Queue[DrawingBegan | StepProgress | Future[Preview] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def publish(item: StepProgress | Future[Preview]) -> None:
+        def publish(item: DrawingBegan | StepProgress | Future[Preview]) -> None:
             loop.call_soon_threadsafe(told.put_nowait, item)
 
         on_latents = self._previewing(previews, encoding, publish) if previews else None
@@ -106,21 +123,51 @@ class ImageWorker:
                 await _until_done(drawing)
 
     async def describe(self) -> ModelDescription:
-        """What this worker loaded."""
+        """What this worker loaded. Raises WorkerUnfit where it can draw no more."""
+        self._must_be_fit()
         return self._description
 
     async def device_status(self) -> DeviceStatus:
-        """The device's memory now."""
-        return self._engine.device_status()
+        """The device's memory now. Raises DeviceFailed where the device is lost, WorkerUnfit from then on."""
+        self._must_be_fit()
+        try:
+            return self._engine.device_status()
+        except DeviceFailed as failed:
+            self._give_up(failed)
+            raise
 
     async def metrics_text(self) -> str:
         """This worker's metrics in Prometheus' text form."""
         figures = _memory_figures(self._engine.memory_report())
-        return self._metrics.text(self._engine.device_status(), figures, _store_bytes())
+        return self._metrics.text(await self.device_status(), figures, _store_bytes())
 
     async def check_health(self) -> None:
         """Called by Serve: raises where the device no longer answers, and the worker is replaced."""
-        self._engine.device_status()
+        await self.device_status()
+
+    def _must_be_fit(self) -> None:
+        if self._failure is not None:
+            raise WorkerUnfit(self._failure)
+
+    def _give_up(self, failed: DeviceFailed) -> None:
+        """Draw no more, and end this process once what waits here has been sent to another worker."""
+        if self._failure is None:
+            self._failure = str(failed)
+            logger.error("this worker draws no more and is replaced: %s", failed)
+            self._leaving = asyncio.create_task(self._leave())
+
+    async def _leave(self) -> None:
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while self._asked and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(ANSWER_SECONDS)
+        end_replica(DEVICE_FAILED)
+
+    def _look_for_failure(self, drawing: asyncio.Future[Any]) -> None:
+        """Also where nobody waits for the drawing any more."""
+        failed = None if drawing.cancelled() else drawing.exception()
+        if isinstance(failed, DeviceFailed):
+            self._give_up(failed)
 
     def _previewing(
         self, previews: int, encoding: ImageEncoding, publish: Callable[[Future[Preview]], Any]
@@ -144,9 +191,25 @@ class ImageWorker:
         publish: Publish,
         on_latents: OnLatents | None = None,
     ) -> WorkerReply:
+        self._asked += 1
+        try:
+            return await self._draw_alone(request, encoding, publish, on_latents)
+        finally:
+            self._asked -= 1
+
+    async def _draw_alone(
+        self,
+        request: GenerationRequest,
+        encoding: ImageEncoding,
+        publish: Publish,
+        on_latents: OnLatents | None,
+    ) -> WorkerReply:
+        """When its turn is; until then it can be handed to another worker at no cost."""
         loop = asyncio.get_running_loop()
         steps: list[tuple[int, int, float]] = []
         async with self._turn:
+            self._must_be_fit()
+            publish(DrawingBegan())
             self._metrics.set_busy(True)
             began_at = time.time()
 
@@ -155,10 +218,12 @@ class ImageWorker:
                 steps.append((progress.picture, progress.step, time.time()))
                 publish(progress)
 
-            control = DrawingControl(self._drawing_seconds, on_step=stepped, on_latents=on_latents)
+            seconds = self._in_force.live.drawing_seconds
+            control = DrawingControl(seconds, on_step=stepped, on_latents=on_latents)
             # With this request's context, so that what the engine logs tells its id.
             draw = partial(contextvars.copy_context().run, self._engine.generate, request, control=control)
             drawing = loop.run_in_executor(self._device_thread, draw)
+            drawing.add_done_callback(self._look_for_failure)
             try:
                 result = await asyncio.shield(drawing)
             except asyncio.CancelledError:
@@ -195,7 +260,7 @@ def planned_threads(settings: Settings, variable: str | None, cores: Cores) -> T
         cores,
         wanted=settings.cpu_threads,
         variable=None if variable == from_ray else variable,
-        workers=settings.num_replicas,
+        workers=settings.most_workers,
     )
 
 
@@ -264,23 +329,6 @@ def _encoded(result: GenerationResult, encoding: ImageEncoding) -> WorkerReply:
     report = result.report
     began = time.perf_counter()
     pictures = tuple(
-        encode(
-            image,
-            encoding,
-            PictureFacts(
-                prompt=report.prompt,
-                negative_prompt=report.negative_prompt,
-                seed=picture.seed,
-                steps=report.num_inference_steps,
-                guidance_scale=report.guidance_scale,
-                width=report.width,
-                height=report.height,
-                model=report.model,
-                scheduler=report.scheduler,
-                loras=report.loras,
-                refined=picture.refine_seconds > 0,
-            ),
-        )
-        for image, picture in zip(result.images, report.pictures, strict=True)
+        encode(image, encoding, facts_of(report, index)) for index, image in enumerate(result.images)
     )
     return WorkerReply(pictures, report, time.perf_counter() - began)

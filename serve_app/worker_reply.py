@@ -21,6 +21,15 @@ class WorkerTimes:
 
 
 @dataclass(frozen=True)
+class DrawingBegan:
+    """The worker has begun with this request: what becomes of it from now on becomes of its drawing."""
+
+
+class WorkerUnfit(Exception):
+    """The worker's device has failed before, and it has begun with nothing; another worker can be asked."""
+
+
+@dataclass(frozen=True)
 class Preview:
     """What a picture looked like after a step, as the bytes of a file; sizes are pixels of this file."""
 
@@ -35,10 +44,11 @@ class WorkerReply:
     """Finished pictures as the bytes of their files, in the order asked, and how they were made.
 
     `encode_file_seconds` is what packing all of them into files took. `times` is there where the request is
-    traced.
+    traced. `queue_seconds` is what the request waited for its turn, which the ingress knows.
     """
 
     pictures: tuple[bytes, ...] = field(repr=False)
     report: GenerationReport
     encode_file_seconds: float = 0.0
     times: WorkerTimes | None = None
+    queue_seconds: float = 0.0

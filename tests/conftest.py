@@ -35,6 +35,7 @@ def cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     browsers = os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or str(user_cache_path("ms-playwright"))
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("XDG_CACHE_HOME", str(folder))
+        environment.setenv("XDG_DATA_HOME", str(folder / "data"))
         environment.setenv("PLAYWRIGHT_BROWSERS_PATH", browsers)
         yield folder
 

@@ -6,13 +6,14 @@ result = engine.generate(GenerationRequest(prompt="a red circle on a white backg
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from zimage_engine import cpu
 from zimage_engine.dtype_choice import choice_of_dtype
@@ -23,6 +24,7 @@ from zimage_engine.loading.describe import describe, max_tokens
 from zimage_engine.loading.lora import replace_loras
 from zimage_engine.loading.lora_layouts import check_loras
 from zimage_engine.loading.lora_weight import LoraWeight
+from zimage_engine.loading.provenance import digest_of, drawn_with
 from zimage_engine.memory.oom import MemoryReport
 from zimage_engine.memory.planner import title
 from zimage_engine.memory.quantize import check_quantisation, quiet_torchao
@@ -35,9 +37,12 @@ from zimage_engine.memory.snapshot import (
     device_status,
 )
 from zimage_engine.prompts import enhancer
-from zimage_engine.prompts.tokens import token_counter
+from zimage_engine.prompts.tokens import prompt_tokens, where_it_ends
 from zimage_engine.refiner import refine
 from zimage_engine.sampling.control import DrawingControl
+from zimage_engine.sampling.device_failure import device_failures_named
+from zimage_engine.sampling.editing import PreparedSource, prepared
+from zimage_engine.sampling.editing_plan import EditPlan
 from zimage_engine.sampling.embedding_cache import EmbeddingCache
 from zimage_engine.sampling.pipeline import DrawnPicture, GuardedPipeline, PromptEmbeddings
 from zimage_engine.sampling.plan import SamplingPlan, resolve
@@ -47,6 +52,7 @@ from zimage_engine.second_look import drawn_and_looked_at
 from zimage_engine.types import (
     EMBEDDING_CACHE_BYTES,
     DeviceStatus,
+    EditUse,
     EnhancedPrompt,
     GenerationReport,
     GenerationRequest,
@@ -54,9 +60,11 @@ from zimage_engine.types import (
     LoraUse,
     MemoryUse,
     ModelDescription,
+    ModelIdentity,
     Notice,
     OnStep,
     PictureReport,
+    SourcePicture,
     StepProgress,
 )
 
@@ -69,6 +77,23 @@ logger = logging.getLogger(__name__)
 #: The model that comes with the package, and what it is called.
 DEMO_MODEL_PATH = Path(__file__).parent / "demo" / "model"
 DEMO_MODEL_ID = "z-image-demo"
+
+
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
+
+
+def _naming_device_failures(
+    method: Callable[Concatenate[Engine, Arguments], Returned],
+) -> Callable[Concatenate[Engine, Arguments], Returned]:
+    """A method of the engine in which a lost device is met as DeviceFailed."""
+
+    @wraps(method)
+    def named(self: Engine, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+        with device_failures_named(self.description.device):
+            return method(self, *args, **kwargs)
+
+    return named
 
 
 class Engine:
@@ -101,8 +126,10 @@ class Engine:
         self._loras: tuple[LoraUse, ...] = ()
         #: The repairs that the checkpoint needed to be loaded, by name.
         self.repairs: tuple[str, ...] = ()
+        #: What the model is made of; without a digest where it did not come from files.
+        self.identity = ModelIdentity()
         tokenizer_json = self.description.tokenizer_json
-        self._count_tokens = token_counter(tokenizer_json) if tokenizer_json else None
+        self._tokens = prompt_tokens(tokenizer_json) if tokenizer_json else None
 
     @classmethod
     def load(
@@ -165,6 +192,7 @@ class Engine:
         engine.set_loras(loras)
         engine.place()
         engine.repairs = adapter.repairs
+        engine.identity = adapter.identity
         return engine
 
     @property
@@ -184,7 +212,7 @@ class Engine:
         with self._keeper.weights_change():
             reports = replace_loras(self.pipeline, loras)
         self._loras = tuple(
-            LoraUse(lora.path.name, lora.weight, report.adapted_modules)
+            LoraUse(lora.path.name, lora.weight, report.adapted_modules, digest_of([lora.path]))
             for lora, report in zip(loras, reports, strict=True)
         )
         return self._loras
@@ -209,13 +237,18 @@ class Engine:
         """The memory plan in force, what the device holds, and what was done against a lack of it so far."""
         return self._keeper.report
 
+    @_naming_device_failures
     def device_status(self) -> DeviceStatus:
-        """What the device is called, how much of its memory is used now, and the memory plan in force."""
+        """What the device is called, how much of its memory is used now, and the memory plan in force.
+
+        Raises DeviceFailed where the device was lost.
+        """
         status, plan = device_status(self.description.device), self._keeper.plan
         if plan is None or not self._keeper.has_own_memory:
             return status
         return replace(status, plan=title(plan), plan_because=plan.because)
 
+    @_naming_device_failures
     def generate(
         self,
         request: GenerationRequest,
@@ -230,11 +263,13 @@ class Engine:
         one is as from a fresh engine.
         Raises InvalidRequest, InvalidSize or DoesNotFit before anything is drawn, OutOfMemory where the
         device's memory is used up whatever is moved off it, GuardExhausted where a value that is
-        not finite came back whatever was tried, GenerationCancelled or DeadlineExceeded when told to stop.
+        not finite came back whatever was tried, GenerationCancelled or DeadlineExceeded when told to stop,
+        DeviceFailed where the device was lost: no other call of this process will fare better.
         """
         started = time.perf_counter()
         plan = resolve(request, self.description)
-        enhancement = self._enhance(plan, request.enhance)
+        source = None if request.image is None else prepared(request.image, plan.width_px, plan.height_px)
+        enhancement = self._enhance(plan, request.enhance and bool(plan.prompt))
         plan = plan.with_prompts(enhancement)
         reins = _Reins(control or DrawingControl(), on_step, plan)
         reins.check()
@@ -243,11 +278,13 @@ class Engine:
             embeddings = room.made_for(lambda: self._guarded.encode(plan, self._max_tokens))
             self._keeper.encoded()
             pictures = [
-                room.made_for(partial(self._draw, plan, embeddings, index, reins))
+                room.made_for(partial(self._draw, plan, embeddings, index, reins, source))
                 for index in range(len(plan.seeds))
             ]
         images = [picture.image for picture in pictures]
         report = self._report(plan, enhancement, embeddings, pictures, room.use, started)
+        if report.edit is not None and request.image is not None:
+            report = replace(report, edit=replace(report.edit, source_digest=_digest_of(request.image)))
         return GenerationResult(images, report)
 
     def preview(self, latents: torch.Tensor) -> Image | None:
@@ -264,27 +301,48 @@ class Engine:
         return enhancer.enhance(
             plan.prompt,
             plan.negative_prompt,
-            count_tokens=self._count_tokens,
+            count_tokens=None if self._tokens is None else self._tokens.count,
             token_limit=self.description.token_limit,
         )
 
-    def _draw(self, plan: SamplingPlan, embeddings: PromptEmbeddings, index: int, reins: _Reins) -> _Finished:
-        """One picture, refined where the plan says so."""
+    def _naming_the_word(self, notices: tuple[Notice, ...], plan: SamplingPlan) -> tuple[Notice, ...]:
+        """The notices of prompts that were cut off, with the word at which."""
+        prompts = {"prompt": plan.prompt, "negative_prompt": plan.negative_prompt}
+        named = []
+        for notice in notices:
+            parameter = notice.code.removesuffix("_truncated")
+            cut = None
+            if self._tokens is not None and parameter in prompts:
+                cut = self._tokens.cut(prompts[parameter], self.description.token_limit)
+            told = notice.message if cut is None else f"{notice.message}; {where_it_ends(parameter, cut)}"
+            named.append(replace(notice, message=told))
+        return tuple(named)
+
+    def _draw(
+        self,
+        plan: SamplingPlan,
+        embeddings: PromptEmbeddings,
+        index: int,
+        reins: _Reins,
+        source: PreparedSource | None,
+    ) -> _Finished:
+        """One picture, refined where the plan says so; what a mask leaves out is the source's."""
         seed = plan.seeds[index]
 
         def draw(in_float32: bool) -> DrawnPicture:
             # The steps of a second drawing are not told: they are the same steps of the same picture.
             told = (lambda *_: None) if in_float32 else reins.of_picture(index)
-            return self._guarded.draw(plan, embeddings, seed, reins.check, told, in_float32=in_float32)
+            return self._guarded.draw(plan, embeddings, seed, reins.check, told, in_float32, source)
 
         drawn, looks = drawn_and_looked_at(draw, self._guarded.is_float32, self._clock)
         notices = (*guard_notices(drawn.trace, plan.guidance_scale), *looks)
         for notice in notices:
             logger.warning("seed %d: %s", seed, notice.message)
+        finish = (lambda image: image) if source is None else source.pasted
         if not plan.refine:
-            return _Finished(drawn, drawn.image, notices, 0.0)
+            return _Finished(drawn, finish(drawn.image), notices, 0.0)
         refined = refine(drawn.image)
-        return _Finished(drawn, refined.image, notices, refined.seconds)
+        return _Finished(drawn, finish(refined.image), notices, refined.seconds)
 
     def _report(
         self,
@@ -328,10 +386,13 @@ class Engine:
             scheduler=type(self.pipeline.scheduler).__name__,
             seconds=time.perf_counter() - started,
             pictures=reports,
-            warnings=plan.warnings + embeddings.warnings,
+            warnings=plan.warnings + self._naming_the_word(embeddings.warnings, plan),
             memory=memory,
             loras=self._loras,
             prompt_cache=embeddings.cache,
+            edit=None if plan.edit is None else _use_of(plan.edit),
+            identity=self.identity,
+            drawn_with=drawn_with(model.device),
         )
 
 
@@ -349,6 +410,12 @@ class _Finished:
         return self.drawn.denoise_seconds + self.drawn.decode_seconds + self.refine_seconds
 
 
+def _digest_of(source: SourcePicture) -> str:
+    digest = hashlib.sha256(source.rgb)
+    digest.update(source.mask or b"")
+    return digest.hexdigest()[:32]
+
+
 class _Reins:
     """A request's control and callback as the drawing of its pictures takes them."""
 
@@ -364,12 +431,16 @@ class _Reins:
             if (index, step) <= self._told:  # drawn again for want of memory
                 return
             self._told = (index, step)
-            progress = StepProgress(index + 1, len(self._plan.seeds), step, self._plan.steps)
+            progress = StepProgress(index + 1, len(self._plan.seeds), step, self._plan.drawn_steps)
             if self._on_step is not None:
                 self._on_step(progress)
             self._control.stepped(progress, latents)
 
         return stepped
+
+
+def _use_of(edit: EditPlan) -> EditUse:
+    return EditUse(edit.strength, edit.steps_run, edit.masked, edit.source_width_px, edit.source_height_px)
 
 
 def _model_id(path_or_id: str | Path | None) -> str:

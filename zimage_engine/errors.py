@@ -16,6 +16,7 @@
     +-- GuardExhausted            a bad value came back whatever was tried; there is no picture
     +-- ScheduleInvalid           the scheduler's timesteps cannot be drawn with
     +-- DeviceUnavailable
+    +-- DeviceFailed              the device was lost on the way; the process can use it no more
     +-- OutOfMemory               the device's memory was used up whatever was moved off it
     +-- DoesNotFit                the picture needs more memory than there is; names the size that fits
 
@@ -112,6 +113,13 @@ class ScheduleInvalid(EngineError):
 
 class DeviceUnavailable(EngineError):
     """The device that was asked for is not there."""
+
+
+class DeviceFailed(EngineError):
+    """The device was lost while it worked: a kernel's fault, its memory, its driver.
+
+    The process that raises it can use the device no more; another one may.
+    """
 
 
 class DoesNotFit(EngineError):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from zimage_engine import quality
 from zimage_engine.errors import GuardExhausted
+from zimage_engine.sampling.device_failure import raise_if_failed
 from zimage_engine.sampling.pipeline import DrawnPicture
 from zimage_engine.types import GuardAttempt, GuardTrip, Notice
 
@@ -31,6 +32,7 @@ def drawn_and_looked_at(
     try:
         again = draw(True)
     except (GuardExhausted, RuntimeError) as error:  # the first picture is whole, and is kept
+        raise_if_failed(error)
         because = f"it could not be drawn: {error}"
         attempt = GuardAttempt("float32", "failed", clock() - started, because)
         return _told(picture, getattr(error, "trips", ()), looks, attempt), looks

@@ -8,10 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePicture:
+    """A picture to draw from, in plain bytes, so that it can be sent and kept without a picture library.
+
+    `rgb` has 3 bytes a pixel and `mask` one, row by row from the top: 255 where it is to be drawn anew, 0
+    where it has to stay. None: all of it is drawn anew. `shrunk_from` is (width, height) in pixels of the
+    file that it came from, where that was larger.
+    """
+
+    width: int
+    height: int
+    rgb: bytes = field(repr=False)
+    mask: bytes | None = field(default=None, repr=False)
+    shrunk_from: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +37,8 @@ class GenerationRequest:
     `width` and `height` are pixels. `guidance_scale` is the conventional w: 1 (or 0) is off.
     Picture i of `n` is drawn from `seed + i`, so that each can be drawn again on its own.
     `refine` strengthens fine detail of the finished picture; None means where `enhance` is on.
+    With `image` that picture is drawn anew, as far as `strength` says: above 0, hardly; 1, as if it were not
+    there. The prompt may be empty then, and the size is by default that of the picture.
     """
 
     prompt: str
@@ -33,6 +51,30 @@ class GenerationRequest:
     n: int = 1
     enhance: bool = True
     refine: bool | None = None
+    image: SourcePicture | None = None
+    strength: float | None = None
+
+
+#: What a word of a prompt speaks of.
+Kind = Literal["subject", "style", "material", "light", "scene", "quality", "quoted"]
+#: Why the enhancer added a phrase (missing) or left it out.
+Reason = Literal["missing", "said", "kind_said", "against", "refused", "no_room"]
+
+
+@dataclass(frozen=True, slots=True)
+class PhraseChoice:
+    """One phrase that the enhancer added or left out: what, of which kind, why.
+
+    `field` is the prompt that it belongs to; `about` the caller's words that decided, "" where none did.
+    `because` is a sentence in English, `zimage_engine.prompts.enhancer.because` has it in other languages.
+    """
+
+    phrase: str
+    field: Literal["prompt", "negative_prompt"]
+    kind: Kind
+    reason: Reason
+    about: str
+    because: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +83,7 @@ class EnhancedPrompt:
 
     `added` and `added_negative` are the phrases it put in, in order; `because` is one sentence a
     person can read. With enhancement turned off the prompts are the caller's and nothing is added.
+    `additions` and `left_out` explain each phrase of the enhancer's on its own.
     """
 
     prompt: str
@@ -49,6 +92,8 @@ class EnhancedPrompt:
     added_negative: tuple[str, ...] = ()
     language: str = "en"
     because: str = ""
+    additions: tuple[PhraseChoice, ...] = ()
+    left_out: tuple[PhraseChoice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +135,8 @@ class GuardAttempt:
 class GuardTrip:
     """A bad value that was found, and what was done about it.
 
-    `stage` is "encode", "denoise" or "decode"; `step` counts from 1, None where there are no steps;
+    `stage` is "encode", "source" (a picture to draw from), "denoise" or "decode"; `step` counts from 1, None
+    where there are no steps;
     `finding` is "nan", "inf" or "out of range".
     """
 
@@ -167,11 +213,56 @@ class PictureReport:
 
 @dataclass(frozen=True, slots=True)
 class LoraUse:
-    """A LoRA that was in force: its file's name, how strongly it acted, how many modules it adapted."""
+    """A LoRA that was in force: its file's name, how strongly it acted, how many modules it adapted.
+
+    `digest` is 32 hex digits of its content, "" where that is not known.
+    """
 
     name: str
     weight: float
     adapted_modules: int
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What a model is made of. `digest` is 32 hex digits of its files' content, "" where that is not known.
+
+    `revision` is the commit of the hub that it came from, None for files from elsewhere; `repairs` are the
+    names of what was mended to load it.
+    """
+
+    digest: str = ""
+    revision: str | None = None
+    repairs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnWith:
+    """What beside the model a picture's bits depend on: the device's name, a CPU's threads, and versions.
+
+    `threads` is None on a device of its own; `versions` are (library, version).
+    """
+
+    device_name: str = ""
+    threads: int | None = None
+    versions: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EditUse:
+    """How a picture was drawn from another: of the plan's steps the last `steps_run` were drawn.
+
+    `masked`: what the mask leaves out is the source's own pixels. Sizes are pixels of the source.
+    """
+
+    strength: float
+    steps_run: int
+    masked: bool
+    source_width: int
+    source_height: int
+    #: 32 hex digits of the source's pixels and its mask.
+    source_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +272,7 @@ class GenerationReport:
     `guidance_scale` is the conventional w. `prompt` and `negative_prompt` are those that were drawn.
     `warnings` concern the whole request; those of one picture stand in `pictures`. `prompt_cache` is None
     where encoded prompts are not kept. `dtype_because` is the model's, "" where nothing was to be chosen.
+    `edit` is None where nothing but the prompt was drawn from.
     """
 
     model: str
@@ -202,6 +294,9 @@ class GenerationReport:
     loras: tuple[LoraUse, ...] = ()
     prompt_cache: PromptCacheUse | None = None
     dtype_because: str = ""
+    edit: EditUse | None = None
+    identity: ModelIdentity = field(default_factory=ModelIdentity)
+    drawn_with: DrawnWith = field(default_factory=DrawnWith)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values that `json.dumps` takes."""

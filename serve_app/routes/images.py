@@ -7,7 +7,9 @@ from fastapi.responses import JSONResponse, Response
 
 from serve_app import openai_schema as schema
 from serve_app.error_mapping import RequestRefused
+from serve_app.routes import as_job
 from serve_app.routes.answers import AnsweringRoute, asked_by, service_of
+from serve_app.routes.files import keep_pictures
 from serve_app.streaming import events_in_docs, picture_stream
 
 router = APIRouter(tags=["images"], route_class=AnsweringRoute)
@@ -25,6 +27,31 @@ _BODY_IN_DOCS = {
 }
 
 
+def _headers(**described: str) -> dict[str, dict[str, object]]:
+    return {
+        name.replace("_", "-"): {"description": text, "schema": {"type": "string"}}
+        for name, text in described.items()
+    }
+
+
+#: Of OpenAI's headers about a caller's requests there are none where the caller has no limit.
+_RATE_IN_DOCS = _headers(
+    x_ratelimit_limit_requests="Requests a minute that the caller may send, where there is a limit.",
+    x_ratelimit_remaining_requests="How many of them are left.",
+    x_ratelimit_reset_requests="When all are back, such as 6m0s.",
+)
+_ID_IN_DOCS = _headers(x_request_id="The id that the request came with, else one made for it; logs tell it.")
+_DRAWN_IN_DOCS = _headers(
+    x_engine_seconds="Seconds that drawing took; not of a stream.",
+    x_queue_wait="Seconds that the request waited for its turn; not of a stream.",
+)
+_LATER_IN_DOCS = _headers(
+    retry_after="Seconds after which to send it again.",
+    x_queue_position="The place that there would have been, where the queue is full.",
+    x_queue_seconds="The wait that there would have been, as estimated from the last pictures.",
+)
+
+
 @router.post(
     "/v1/images/generations",
     summary="Draw pictures from a prompt",
@@ -34,37 +61,66 @@ _BODY_IN_DOCS = {
             "model": schema.ImagesResponse,
             "description": "The pictures; with stream true, server-sent events with the picture in the last.",
             "content": {"text/event-stream": events_in_docs()},
+            "headers": _ID_IN_DOCS | _DRAWN_IN_DOCS | _RATE_IN_DOCS,
+        },
+        202: {
+            "model": as_job.ImageJob,
+            "description": "With the header Prefer: respond-async, the job, as of POST /v1/images/jobs.",
         },
         400: {"model": schema.ErrorResponse, "description": "A field cannot be used; the message says why."},
+        410: {
+            "model": schema.ErrorResponse,
+            "description": "It was drawn under this Idempotency-Key, and the pictures have expired.",
+        },
+        422: {
+            "model": schema.ErrorResponse,
+            "description": "The Idempotency-Key was used with another body within a day.",
+        },
         429: {
             "model": schema.ErrorResponse,
             "description": "Too many requests wait already, or the caller has had what one caller may; "
             "Retry-After says when to come again.",
+            "headers": _ID_IN_DOCS | _LATER_IN_DOCS | _RATE_IN_DOCS,
         },
         503: {"model": schema.ErrorResponse, "description": "No worker has its model at the moment."},
+        507: {
+            "model": schema.ErrorResponse,
+            "description": "There is no room to keep a picture for its url.",
+        },
     },
     openapi_extra=_BODY_IN_DOCS,
 )
 async def generate(request: Request) -> Response:
     """The body is read here and not by FastAPI, whose messages are not made for callers."""
     service = service_of(request)
+    if as_job.is_wanted(request.headers):
+        check_json_headers(request)
+        return await as_job.answer(request, schema.read_json(await request.body()))
     with service.failures_counted():
-        _check_headers(request)
+        check_json_headers(request)
         wire = schema.parse(schema.read_json(await request.body()))
         encoding = schema.to_encoding(wire)
         schema.check_model(wire, await service.description_when_ready())
-        asked = schema.to_engine(wire)
+        asked = schema.to_engine(wire, service.live.default_enhance)
     name = asked_by(request.scope)
     if wire.stream:
         return picture_stream(service, wire, asked, encoding, name)
     reply = await service.generate(asked, encoding, asked_by=name)
+    wants_url = wire.response_format == "url"
+    links = await keep_pictures(request, reply.pictures, encoding.format) if wants_url else None
     return JSONResponse(
-        schema.to_response(wire, encoding, reply.pictures, reply.report),
-        headers={"x-engine-seconds": f"{reply.report.seconds:.4f}", **service.rate_headers(name)},
+        schema.to_response(
+            wire, encoding, reply.pictures, reply.report, links, count_tokens=service.count_tokens
+        ),
+        headers={
+            "x-engine-seconds": f"{reply.report.seconds:.4f}",
+            "x-queue-wait": f"{reply.queue_seconds:.3f}",
+            **service.rate_headers(name),
+        },
     )
 
 
-def _check_headers(request: Request) -> None:
+def check_json_headers(request: Request) -> None:
     """Raise RequestRefused (415) where the body is announced as something other than plain JSON in UTF-8."""
     announced = request.headers.get("content-type", "")
     media_type, *parameters = (part.strip().lower() for part in announced.split(";"))

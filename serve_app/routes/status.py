@@ -15,6 +15,10 @@ router = APIRouter(tags=["status"], route_class=AnsweringRoute)
 #: Reachable without a key, for whoever restarts the server and knows no secrets.
 OPEN_PATHS = ("/healthz", "/readyz")
 
+FORMER_SETTINGS = (
+    "The last user_config cannot be used; the settings before it hold. The server's log says why."
+)
+
 
 @router.get("/healthz", summary="The process is up")
 async def healthz() -> dict[str, str]:
@@ -24,10 +28,14 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz", summary="A worker has its model", responses={503: {"description": "Not yet; why."}})
 async def readyz(request: Request) -> JSONResponse:
     readiness = await service_of(request).readiness()
+    # Without the values, for whoever asks has no key.
+    told = {"settings": FORMER_SETTINGS} if readiness.former_settings else {}
     if readiness.ready:
-        return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "ready", **told})
     return JSONResponse(
-        {"status": "not ready", "reason": readiness.reason}, status_code=503, headers={"Retry-After": "2"}
+        {"status": "not ready", "reason": readiness.reason, **told},
+        status_code=503,
+        headers={"Retry-After": "2"},
     )
 
 

@@ -9,11 +9,12 @@ from fastapi import APIRouter, Request
 from starlette.routing import Match, Route
 
 from serve_app.error_mapping import RequestRefused
-from serve_app.routes import images, models
+from serve_app.routes import edits, files, images, jobs, models, prompts, reproduce
 from serve_app.routes.answers import AnsweringRoute
 
 router = APIRouter(include_in_schema=False, route_class=AnsweringRoute)
 
+_WITH_PATHS = (edits, files, images, jobs, models, prompts, reproduce)
 _EVERY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
@@ -40,7 +41,7 @@ async def unknown(request: Request) -> None:
 
 def _methods_of(request: Request) -> list[str]:
     methods: set[str] = set()
-    for route in (*images.router.routes, *models.router.routes):
+    for route in (route for each in _WITH_PATHS for route in each.router.routes):
         if isinstance(route, Route) and route.matches(request.scope)[0] == Match.PARTIAL:
             methods |= route.methods or set()
     return sorted(methods)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from serve_app.image_codec import ImageEncoding
+from serve_app.logs import context_of_request
 from serve_app.ui.sizes import read_size
 from serve_app.ui.texts import Language, refusal_in_chinese, say
 from zimage_engine.types import GenerationReport, GenerationRequest, ModelDescription, StepProgress
@@ -78,10 +79,12 @@ class ControlUnreadable(ValueError):
     """What was typed is not what the control is for; the message is in the page's language."""
 
 
-async def draw(service: ImageService, asked: Asked, asked_by: str = "") -> AsyncGenerator[Moment, None]:
+async def draw(
+    service: ImageService, asked: Asked, asked_by: str = "", request_id: str = ""
+) -> AsyncGenerator[Moment, None]:
     """Draw one picture; yields its moments in order and ends with exactly one `Drawn` or `Refused`.
 
-    `asked_by` has one line in the queue, whatever pages it opens.
+    `asked_by` has one line in the queue, whatever pages it opens. The log tells `request_id`.
     Whoever stops listening early cancels the request.
     """
     try:
@@ -92,14 +95,15 @@ async def draw(service: ImageService, asked: Asked, asked_by: str = "") -> Async
         request = request_from(asked, description)
         yield Started()
         steps: asyncio.Queue[StepProgress | Waiting | None] = asyncio.Queue()
-        drawing = asyncio.ensure_future(
+        drawing = asyncio.create_task(
             service.generate(
                 request,
                 ImageEncoding("png"),
                 steps.put_nowait,
                 asked_by=asked_by,
                 on_place=lambda place: steps.put_nowait(Waiting(place.position, place.seconds)),
-            )
+            ),
+            context=context_of_request(request_id),
         )
         drawing.add_done_callback(lambda _: steps.put_nowait(None))
         try:

@@ -168,7 +168,8 @@ def lay_out() -> tuple[Controls, Board]:
         reuse_seed,
         facts,
         enhancement,
-        used_seed=gr.State(""),
+        # Not gr.State: for what one ingress then keeps of it, each open page would hold a request for ever.
+        used_seed=gr.Textbox(visible="hidden"),
         timer=gr.Timer(LOADING_REFRESH_SECONDS),
     )
     return controls, board

@@ -97,7 +97,7 @@ def _connect(blocks: gr.Blocks, service: ImageService, controls: Controls, board
         language = asked.language
         yield {board.message: ""}
         try:
-            async with aclosing(draw(service, asked, _asked_by())) as moments:
+            async with aclosing(draw(service, asked, *_asked_by())) as moments:
                 async for moment in moments:
                     yield await _shown(board, moment, language)
         except Exception as error:  # the picture could not be kept: a full disk
@@ -124,6 +124,10 @@ def _connect(blocks: gr.Blocks, service: ImageService, controls: Controls, board
         if guidance_scale == DEFAULT_GUIDANCE_SCALE:
             updates[controls.guidance_scale] = description.default_guidance_scale
         return updates
+
+    async def on_load() -> Any:
+        # It is ticked already; who has taken the tick away since must not find it there again.
+        return gr.skip() if service.live.default_enhance else False
 
     shown = [
         board.progress,
@@ -165,23 +169,30 @@ def _connect(blocks: gr.Blocks, service: ImageService, controls: Controls, board
         show_progress="hidden",
         api_visibility="private",
     )
+    blocks.load(on_load, None, controls.enhance, show_progress="hidden", api_visibility="private")
     board.reuse_seed.click(
-        lambda used_seed: used_seed,
+        None,
         board.used_seed,
         controls.seed,
+        js="(used_seed) => used_seed",
         show_progress="hidden",
         api_visibility="private",
     )
 
 
-def _asked_by() -> str:
-    """Who pressed the button; Gradio draws outside of the request that said so, and keeps it at hand."""
+def _asked_by() -> tuple[str, str]:
+    """Who pressed the button, and the id of the request that said so.
+
+    Gradio draws outside of that request, and keeps it at hand.
+    """
     from gradio.context import LocalContext
 
     from serve_app.routes.answers import asked_by
 
     request = LocalContext.request.get(None)
-    return "" if request is None else asked_by(request.request.scope)
+    if request is None:
+        return "", ""
+    return asked_by(request.request.scope), request.request.headers.get("x-request-id", "")
 
 
 def _asked(

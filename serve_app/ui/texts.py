@@ -106,6 +106,8 @@ NOTICES_IN_CHINESE: dict[str, str] = {
     "num_inference_steps_outside_range": "步数不在推荐范围内：过少只有色块，过多会发糊、褪色。8 步最好。",
     "guidance_scale_outside_range": "引导强度不在推荐范围内：过低发灰无力，过高会过曝、边缘撕裂。1.8 最好。",
     "size_outside_range": "这个尺寸与模型擅长的尺寸相差太多：画面可能重复、缺失。请换回原生尺寸。",
+    "source_scaled": "输入图片已缩放到绘制所用的尺寸。",
+    "source_cut": "所选尺寸与输入图片的长宽比不同，超出的边缘已被裁去。要保留全图，请选用相同的长宽比。",
     "prompt_truncated": "提示词太长，模型读不完，末尾的部分被略去了。请缩短。",
     "negative_prompt_truncated": "“不要出现”的内容太长，模型读不完，末尾的部分被略去了。请缩短。",
     "picture_black": "这张图全黑了。请换一个种子或降低引导强度再试。",
@@ -119,11 +121,24 @@ NOTICES_IN_CHINESE: dict[str, str] = {
     "picture_noise": "这张图布满噪点，像是没有画完。请换一个种子或增加步数再试。",
 }
 REFUSALS_IN_CHINESE: dict[str, str] = {
+    "jobs_unavailable": "任务现在不可用：任务数据库无法使用，请稍后再试。",
+    "job_not_found": "没有这个任务，或者它属于别人。",
+    "job_abandoned": "这个任务画了几次，每次绘图进程都意外停止。如果图片很大，请缩小尺寸。",
+    "job_expired": "这个任务等得太久，一直没有能画它的服务器，请重新提交。",
+    "result_expired": "任务已完成，但图片已过期。请用同一个种子重新绘制。",
+    "too_many_jobs": "还没完成的任务太多了，请等其中一些完成。",
+    "idempotency_key_reused": "这个 Idempotency-Key 已用于另一个请求，请换一个。",
     "invalid_value": "有一项设置无法使用：",
+    "invalid_image": "图片或蒙版无法使用：",
+    "invalid_multipart": "表单无法读取：",
     "queue_full": "现在排队的图片很多，请过几秒再试。",
     "rate_limit_exceeded": "你提交得太多或太快了，请稍等片刻再试。",
     "model_not_ready": "模型还没有准备好，请过几秒再试。",
     "worker_lost": "绘图进程意外停止，正在重新启动。请再试一次；如果图片很大，请缩小尺寸。",
+    "request_kills_workers": (
+        "两个绘图进程都在画这张图时意外停止，因此不再重试，一小时内也不再接受同样的请求。"
+        "请缩小尺寸、减少步数或换一个提示词。"
+    ),
     "cancelled": "绘制在完成前被停止了，请再试一次。",
     "deadline_exceeded": "没能在规定的时间内画完。请减少步数、缩小尺寸，或延长时间。",
     "does_not_fit": "显存放不下这个尺寸，请缩小尺寸。",
@@ -131,6 +146,7 @@ REFUSALS_IN_CHINESE: dict[str, str] = {
     "schedule_invalid": "模型的调度器配置有误，无法绘制。请换一个步数，或检查模型文件。",
     "out_of_memory": "显存不足，能腾出的都已腾出，仍画不了这张图。请缩小尺寸，或稍后再试。",
     "device_unavailable": "绘图设备不可用。",
+    "device_failed": "绘图设备在绘制途中出了故障，正在更换绘图进程。请稍后再试。",
     "engine_error": "服务器在画这张图时出了问题，详情见服务器日志。",
     "internal_error": "服务器在画这张图时出了问题，提示词没有问题。详情见服务器日志。",
 }

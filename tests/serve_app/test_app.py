@@ -54,6 +54,11 @@ async def test_openais_client_gets_a_picture_in_each_format(
         extra_body={"seed": 5, "num_inference_steps": 2},
     )
     assert answer.data is not None and len(answer.data) == 2
+    assert (answer.size, answer.quality, answer.background) == ("96x64", "low", "opaque")
+    assert answer.output_format == output_format and answer.usage is not None
+    assert answer.usage.output_tokens == 2 * 6 * 4
+    assert answer.usage.input_tokens == answer.usage.input_tokens_details.text_tokens > 3
+    assert answer.usage.total_tokens == answer.usage.input_tokens + 2 * 6 * 4
     for picture, seed in zip(answer.data, (5, 6), strict=True):
         image = image_of(picture.b64_json)
         assert (image.format, image.size) == (output_format.upper(), (96, 64))
@@ -160,7 +165,7 @@ async def test_metrics_tell_of_requests_and_of_the_worker(client: httpx.AsyncCli
         ("GET", URL, 405, "takes POST, got GET"),
         ("DELETE", URL, 405, "takes POST, got DELETE"),
         ("POST", "/v1/models", 405, "takes GET, got POST"),
-        ("POST", "/v1/images/edits", 404, "no POST /v1/images/edits here"),
+        ("POST", "/v1/images/wishes", 404, "no POST /v1/images/wishes here"),
         ("POST", "/v1/chat/completions", 404, "/docs lists"),
         ("GET", "/v1/", 404, "no GET /v1/ here"),
     ],

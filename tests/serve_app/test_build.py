@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from ray.serve._private.common import DeploymentID
+from ray.serve.autoscaling_policy import default_autoscaling_policy
+from ray.serve.config import AutoscalingContext
 
-from serve_app.app import build, gpus_for_a_worker
+from serve_app.app import build, gpus_for_a_worker, growth
+from serve_app.queueing import FairQueue
 from serve_app.settings import load_settings
 from zimage_engine.loading.lora_weight import LoraWeight
 
@@ -55,3 +59,44 @@ def test_the_settings_reach_serve_as_its_options(tiny_model: Path, monkeypatch: 
     assert chosen.loras == (LoraWeight(tiny_model.parent / "style.safetensors", 0.8),)
     assert ingress.ray_actor_options["num_cpus"] == 0
     assert ingress.max_ongoing_requests >= 200, "each open page holds a stream of events"
+
+
+def test_workers_that_follow_the_queue_and_several_ingresses_reach_serve_too() -> None:
+    ingress = build(load_settings(max_replicas=5, min_replicas=2, upscale_seconds=4))._bound_deployment
+    worker = ingress.init_args[0]._bound_deployment
+    scaling = worker._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.upscale_delay_s) == (2, 5, 4)
+    assert (ingress.user_config, worker.user_config) == ({}, {}), "taken out of the file, it leads back here"
+    assert build(load_settings(num_ingresses=2))._bound_deployment.num_replicas == 2
+
+
+@pytest.mark.parametrize("workers", [1, 3, 7])
+def test_a_long_queue_more_than_doubles_the_workers(workers: int) -> None:
+    """By Serve's own policy, on what the ingress hands over when all wait."""
+    queue = FairQueue(places=100)
+    queue.set_workers(workers)
+    for _ in range(60):
+        queue.enter("a", 1.0)
+    scaling = growth(load_settings(max_replicas=50, upscale_seconds=0))
+    assert scaling is not None
+    context = AutoscalingContext(
+        deployment_id=DeploymentID("ImageWorker"),
+        deployment_name="ImageWorker",
+        app_name=None,
+        current_num_replicas=workers,
+        target_num_replicas=workers,
+        running_replicas=[],
+        total_num_requests=queue.admitted,
+        total_queued_requests=0,
+        aggregated_metrics=None,
+        raw_metrics=None,
+        capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=50,
+        policy_state={},
+        last_scale_up_time=None,
+        last_scale_down_time=None,
+        current_time=None,
+        config=scaling,
+    )
+    wanted, _ = default_autoscaling_policy(context)
+    assert wanted == 2 * workers + 1

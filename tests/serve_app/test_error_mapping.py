@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
-from ray.serve.exceptions import BackPressureError
 
 import zimage_engine.errors as engine_errors
 from serve_app.error_mapping import (
     ROWS,
     ModelNotReady,
+    RequestKillsWorkers,
     RequestRefused,
     WorkerLost,
     answer_for,
@@ -19,8 +19,10 @@ from serve_app.error_mapping import (
     row_for,
     unwrap,
 )
+from serve_app.queueing import QueueFull
 from zimage_engine.errors import (
     CheckpointDamaged,
+    DeviceFailed,
     DeviceUnavailable,
     EngineError,
     GenerationCancelled,
@@ -39,9 +41,11 @@ from zimage_engine.errors import (
         (InvalidRequest("it is odd"), 400, "invalid_value", None),
         (ModelNotReady("loading"), 503, "model_not_ready", None),
         (WorkerLost("gone"), 503, "worker_lost", None),
+        (RequestKillsWorkers("twice"), 422, "request_kills_workers", None),
+        (DeviceFailed("cuda:0 failed"), 503, "device_failed", None),
         (ActorDiedError(), 503, "worker_lost", None),
         (ActorUnavailableError("away", None), 503, "worker_lost", None),
-        (BackPressureError(64, 64), 429, "queue_full", None),
+        (QueueFull("The queue is full.", {"Retry-After": "3"}), 429, "queue_full", None),
         (GenerationCancelled("stopped"), 503, "cancelled", None),
         (OutOfMemory("used up", "decode", (512, 512)), 503, "out_of_memory", None),
         (DeviceUnavailable("no such device"), 503, "device_unavailable", None),

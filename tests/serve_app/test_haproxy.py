@@ -23,13 +23,19 @@ from serve_app import haproxy
 from serve_app.haproxy_guard import mended
 from tests.ports import free_ports
 
+SECRET = "0f" * 32
+
 needs_haproxy = pytest.mark.skipif(haproxy.binary() is None, reason="no HAProxy for this platform")
 
 
 def rendered(
-    folder: Path, host: str, ports: tuple[int, int, int] = (7999, 8404, 9101), behind: int = 30000
+    folder: Path,
+    host: str,
+    ports: tuple[int, int, int] = (7999, 8404, 9101),
+    behind: int = 30000,
+    is_deployed: bool = True,
 ) -> str:
-    """What Ray writes for one application behind a front at `host`."""
+    """What Ray writes for one application behind a front at `host`, or for none yet."""
     config = HAProxyConfig(
         http_options=HTTPOptions(host=host, port=ports[0]),
         stats_port=ports[1],
@@ -43,7 +49,8 @@ def rendered(
         name="app", path_prefix="/", app_name="app", servers=[ServerConfig("replica", "127.0.0.1", behind)]
     )
     file = folder / "haproxy.cfg"
-    api = HAProxyApi(cfg=config, backend_configs={"app": backend}, config_file_path=str(file))
+    backends = {"app": backend} if is_deployed else {}
+    api = HAProxyApi(cfg=config, backend_configs=backends, config_file_path=str(file))
     api._generate_config_file_internal()
     return file.read_text(encoding="utf-8")
 
@@ -55,11 +62,11 @@ def binds(configuration: str) -> list[str]:
 def test_ray_opens_two_ports_to_everyone_and_the_guard_closes_them(tmp_path: Path) -> None:
     before = rendered(tmp_path, "127.0.0.1")
     assert sorted(binds(before)) == ["*:8404", "127.0.0.1:7999", ":9101"]
-    assert sorted(binds(mended(before))) == ["127.0.0.1:7999", "127.0.0.1:8404", "127.0.0.1:9101"]
+    assert sorted(binds(mended(before, SECRET))) == ["127.0.0.1:7999", "127.0.0.1:8404", "127.0.0.1:9101"]
 
 
 def test_the_front_stays_open_where_its_person_opened_it(tmp_path: Path) -> None:
-    assert sorted(binds(mended(rendered(tmp_path, "0.0.0.0")))) == [
+    assert sorted(binds(mended(rendered(tmp_path, "0.0.0.0"), SECRET))) == [
         "*:7999",
         "127.0.0.1:8404",
         "127.0.0.1:9101",
@@ -67,24 +74,27 @@ def test_the_front_stays_open_where_its_person_opened_it(tmp_path: Path) -> None
 
 
 def test_serves_own_headers_are_stripped_at_the_front_and_slow_ones_given_up(tmp_path: Path) -> None:
-    lines = mended(rendered(tmp_path, "127.0.0.1")).splitlines()
+    lines = mended(rendered(tmp_path, "127.0.0.1"), SECRET).splitlines()
     front = lines.index("frontend http_frontend")
-    assert [line.strip() for line in lines[front + 2 : front + 5]] == [
+    assert [line.strip().partition(" if ")[0] for line in lines[front + 2 : front + 8]] == [
         "http-request del-header x-request-timeout-seconds",
         "http-request del-header x-request-disconnect-disabled",
         "timeout http-request 20s",
+        "http-request add-header x-forwarded-for %[src]",
+        f"http-request set-header x-zimage-proxy {SECRET}",
+        "http-request del-header x-request-id",
     ]
 
 
 def test_requests_are_not_spliced(tmp_path: Path) -> None:
     before = rendered(tmp_path, "127.0.0.1")
     assert "option splice-request" in before
-    assert "option splice-request" not in mended(before)
+    assert "option splice-request" not in mended(before, SECRET)
 
 
 def test_a_template_that_has_changed_is_not_passed_on() -> None:
     with pytest.raises(SystemExit, match="template has changed"):
-        mended("frontend other\n    bind :80\n")
+        mended("frontend other\n    bind :80\n", SECRET)
 
 
 @needs_haproxy
@@ -101,7 +111,7 @@ def test_a_caller_that_hangs_up_is_noticed_behind_haproxy(tmp_path: Path) -> Non
             pass
         hung_up.set()
 
-    config = mended(rendered(tmp_path, "127.0.0.1", (front, statistics, metrics), behind))
+    config = mended(rendered(tmp_path, "127.0.0.1", (front, statistics, metrics), behind), SECRET)
     (tmp_path / "haproxy.cfg").write_text(config, encoding="utf-8")
     server = uvicorn.Server(uvicorn.Config(app, port=behind, log_level="critical", lifespan="off"))
     threading.Thread(target=server.run, daemon=True).start()
@@ -127,9 +137,29 @@ def _answers(client: httpx.Client) -> bool:
 
 
 @needs_haproxy
+@pytest.mark.parametrize("is_deployed", [True, False], ids=["no replica answers", "no application yet"])
+def test_where_nobody_answers_callers_hear_it_in_our_form(tmp_path: Path, is_deployed: bool) -> None:
+    """Ray's own configuration says 500 and 404 here, in plain text: clients take that for their own fault."""
+    front, statistics, metrics, behind = free_ports(4)
+    config = rendered(tmp_path, "127.0.0.1", (front, statistics, metrics), behind, is_deployed)
+    (tmp_path / "haproxy.cfg").write_text(mended(config, SECRET), encoding="utf-8")
+    process = subprocess.Popen([str(haproxy.binary()), "-db", "-f", str(tmp_path / "haproxy.cfg")])
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{front}", timeout=30) as client:
+            _until(lambda: _listening(psutil.Process(process.pid)))
+            answer = client.post("/v1/images/generations", json={"prompt": "a red circle"})
+    finally:
+        process.kill()
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "5"
+    assert answer.json()["error"]["code"] == "server_unavailable"
+    assert "again in a few seconds" in answer.json()["error"]["message"]
+
+
+@needs_haproxy
 def test_haproxy_takes_the_mended_configuration(tmp_path: Path) -> None:
     file = tmp_path / "mended.cfg"
-    file.write_text(mended(rendered(tmp_path, "127.0.0.1")), encoding="utf-8")
+    file.write_text(mended(rendered(tmp_path, "127.0.0.1"), SECRET), encoding="utf-8")
     checked = subprocess.run(
         [str(haproxy.binary()), "-c", "-f", str(file)], capture_output=True, text=True, check=False
     )
@@ -185,3 +215,15 @@ def _until(condition, seconds: float = 60):  # type: ignore[no-untyped-def]
             return value
         time.sleep(0.1)
     pytest.fail("it did not come to pass")
+
+
+def test_callers_shared_out_by_address_keep_their_ingress_when_one_comes(tmp_path: Path) -> None:
+    before = rendered(tmp_path, "127.0.0.1")
+    assert "hash-type" not in mended(before, SECRET)
+    by_address = mended(re.sub(r"balance \w+", "balance source", before), SECRET)
+    assert re.search(r"balance source\n\s+hash-type consistent\n", by_address)
+    chosen = [
+        haproxy.environment(tmp_path / "files", "/bin/true", range(24001, 24100), by_address)
+        for by_address in (False, True)
+    ]
+    assert [each["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"] for each in chosen] == ["leastconn", "source"]

@@ -17,14 +17,17 @@ from serve_app.keys import (
     DRAW,
     READ,
     RECHECK_SECONDS,
+    Allowance,
     KeyFileWrong,
     KeyRing,
     add_key,
     caller,
+    change_key,
     digest_of,
     read_keys,
     remove_key,
 )
+from serve_app.queueing import Entry
 from serve_app.settings import load_settings
 from tests.serve_app.conftest import client_of
 from tests.serve_app.test_gates import guarded
@@ -79,6 +82,13 @@ def test_keys_are_added_behind_a_last_line_without_an_end_and_comments_stay(tmp_
         (f"alice::{HASH}\n", "has the scope ''"),
         (f"alice:paint:{HASH}\n", "has the scope 'paint'; scopes are draw, read, admin"),
         (f"al ice:draw:{HASH}\n", "line 1 of .* is not of the form"),
+        (f"alice:draw:{HASH}:\n", "line 1 of .* says behind its hash what is no share or limit"),
+        (f"alice:draw:{HASH}:priority=urgent\n", "expected any of priority=high|normal|low"),
+        (f"alice:draw:{HASH}:priority=high,priority=low\n", "or one twice"),
+        (f"alice:draw:{HASH}:pictures_at_once=-1\n", "pictures_at_once=NUMBER"),
+        (f"alice:draw:{HASH}:requests_a_minute=1e3\n", "requests_a_minute=NUMBER"),
+        (f"alice:draw:{HASH}:weight=zit_secret\n", "what is no share or limit"),
+        (f"alice:draw:{HASH}:priority=high:more\n", "line 1 of .* is not of the form"),
         (f"\nalice:draw:{HASH}\nalice:read:{HASH}\n", "line 3 of .* has the name alice a second time"),
     ],
 )
@@ -168,6 +178,52 @@ def test_a_key_is_revoked_and_taken_while_the_server_runs(
     assert ring.owner_of(bob.encode()) is not None
 
 
+def test_a_line_may_say_what_its_caller_gets_and_says_nothing_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(
+        f"ann:draw,read:{HASH}:priority=high,pictures_at_once=4,requests_a_minute=60\n"
+        f"bob:draw:{HASH}: requests_a_minute = 0 \n"
+        f"cem:draw:{HASH}\n",
+        encoding="utf-8",
+    )
+    file.chmod(0o600)
+    ring, default = KeyRing("sesame", file), Entry("normal", 2, 30)
+    assert {name: ring.entry_of(name, default) for name in ("ann", "bob", "cem", "api_key", "10.1.2.3")} == {
+        "ann": Entry("high", 4, 60),
+        "bob": Entry("normal", 2, 0),
+        "cem": default,
+        "api_key": default,
+        "10.1.2.3": default,
+    }
+    assert [key.line() for key in read_keys(file)] == [
+        f"ann:draw,read:{HASH}:priority=high,pictures_at_once=4,requests_a_minute=60",
+        f"bob:draw:{HASH}:requests_a_minute=0",
+        f"cem:draw:{HASH}",
+    ]
+    assert KeyRing().entry_of("10.1.2.3", default) == default
+
+
+def test_what_a_caller_gets_is_changed_while_the_server_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    key = add_key(file, "ann", [DRAW], Allowance("low", None, 60))
+    add_key(file, "bob", [READ])
+    file.write_text("# ours\n" + file.read_text())
+    ring = KeyRing(None, file)
+    now = time.monotonic()
+    monkeypatch.setattr("serve_app.keys.time.monotonic", lambda: now)
+    assert ring.entry_of("ann", Entry()) == Entry("low", 0, 60)
+    change_key(file, "ann", Allowance("high", 3))
+    now += RECHECK_SECONDS + 0.1
+    assert ring.entry_of("ann", Entry()) == Entry("high", 3, 60)
+    owner = ring.owner_of(key.encode())
+    assert owner is not None and owner.scopes == {DRAW}
+    assert file.read_text().startswith("# ours\nann:") and mode_of(file) == 0o600
+    with pytest.raises(KeyFileWrong, match="there is no key cem"):
+        change_key(file, "cem", Allowance("high"))
+
+
 ROUTES = {
     ("POST", "/v1/echo"): DRAW,
     ("GET", "/"): DRAW,
@@ -242,6 +298,26 @@ def test_the_command_prints_a_key_once_and_lists_names_alone(
     assert (code, listed) == (0, "alice  draw\nbob  draw,read\n")
     assert run("remove", "alice")[0] == 0
     assert [kept.name for kept in read_keys(file)] == ["bob"]
+
+
+def test_the_command_says_and_changes_what_a_caller_gets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZIMAGE_API_KEYS_FILE", str(tmp_path / "keys"))
+    assert run("add", "ann", "--priority", "high", "--pictures-at-once", "4")[0] == 0
+    assert run("add", "bob")[0] == 0
+    assert run("set", "ann", "--requests-a-minute", "60")[0] == 0
+    assert run("ls")[1] == (
+        "ann  draw,read  priority=high pictures_at_once=4 requests_a_minute=60\nbob  draw,read\n"
+    )
+    for wrong, phrase in {
+        ("set", "ann"): "what is to change?",
+        ("set", "cem", "--priority", "low"): "there is no key cem",
+        ("set", "ann", "--priority", "urgent"): "urgent",
+        ("add", "cem", "--pictures-at-once", "-1"): "--pictures-at-once",
+    }.items():
+        code, _, told = run(*wrong)
+        assert code == 2 and phrase in told, wrong
 
 
 def test_the_command_tells_what_is_wrong(tmp_path: Path) -> None:

@@ -176,19 +176,25 @@ def test_the_response_is_one_that_openais_client_reads() -> None:
         warnings=(notice,),
         loras=(LoraUse("style.safetensors", 0.8, 34),),
     )
-    wire = parsed(n=2, quality="high")
-    body = schema.to_response(wire, ImageEncoding("png"), (b"one", b"two"), report)
+    wire = parsed(n=2)
+    body = schema.to_response(wire, ImageEncoding("png"), (b"one", b"two"), report, count_tokens=len)
     schema.ImagesResponse.model_validate(body)
     read = OpenAIImagesResponse.model_validate(body)
     assert read.data is not None
     assert [base64.b64decode(picture.b64_json or "") for picture in read.data] == [b"one", b"two"]
+    assert read.usage is not None
+    text = len("a red circle, best quality") + len("blurry")
+    assert (read.usage.input_tokens, read.usage.input_tokens_details.text_tokens) == (text, text)
+    assert (read.usage.output_tokens, read.usage.total_tokens) == (2 * 16 * 20, text + 2 * 16 * 20)
     assert read.data[0].revised_prompt == "a red circle, best quality"
     assert (body["size"], body["quality"], body["output_format"]) == ("256x320", "high", "png")
     first, second = body["data"]
     assert (first["seed"], first["steps"], first["guidance"], first["seconds"]) == (7, 3, 1.8, 1.235)
     assert [warning["code"] for warning in first["warnings"]] == ["few_steps"]
     assert [warning["code"] for warning in second["warnings"]] == ["few_steps", "flat"]
-    assert first["loras"] == [{"name": "style.safetensors", "weight": 0.8, "adapted_modules": 34}]
+    assert first["loras"] == [
+        {"name": "style.safetensors", "weight": 0.8, "adapted_modules": 34, "digest": ""}
+    ]
 
 
 def test_every_field_is_described_for_the_docs() -> None:

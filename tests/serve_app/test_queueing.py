@@ -166,6 +166,38 @@ def test_a_priority_is_a_share_and_nobody_waits_for_ever(priority: Priority) -> 
     assert had.count("ann") / 500 == pytest.approx(wanted, abs=0.02)
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_three_priorities_share_as_their_weights_do_and_the_low_one_never_starves(workers: int) -> None:
+    """One has hundreds from the start, the others always some; pictures are of different sizes."""
+    priorities: dict[str, Priority] = {"ann": "high", "bob": "normal", "cem": "low"}
+    entries = {name: Entry(priority) for name, priority in priorities.items()}
+    world = World(places=10_000, entries=entries, workers=workers)
+    sizes = {"ann": (0.5, 4.0, 1.0), "bob": (2.0, 0.1), "cem": (1.0, 2.0)}
+    asked: dict[str, int] = defaultdict(int)
+
+    def ask(name: str) -> None:
+        world.enter(name, sizes[name][asked[name] % len(sizes[name])])
+        asked[name] += 1
+
+    for _ in range(700):
+        ask("bob")
+    had: dict[str, float] = defaultdict(float)
+    last_low, longest_gap = 0.0, 0.0
+    for _ in range(3000):
+        for name in CALLERS:
+            while not any(waits(ticket) for ticket in world.tickets if ticket.caller == name):
+                ask(name)
+        ticket = world.draw_one()
+        assert ticket is not None
+        had[ticket.caller] += ticket.work
+        if ticket.caller == "cem":
+            longest_gap, last_low = max(longest_gap, world.now - last_low), world.now
+    shares = {name: had[name] / WEIGHTS[priorities[name]] for name in CALLERS}
+    assert max(shares.values()) <= 1.15 * min(shares.values()), had
+    # Its share is 1 in 21: its largest picture comes again after the time of as many, and what is in hand.
+    assert longest_gap <= (2.0 * sum(WEIGHTS.values()) / WEIGHTS["low"] + 3 * 4.0) / workers
+
+
 ASKS = st.tuples(st.sampled_from(CALLERS), WORKS)
 STEPS = st.lists(
     st.one_of(

@@ -12,20 +12,27 @@ import pytest
 from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
 
-from serve_app.error_mapping import ModelNotReady, WorkerLost
+from serve_app.error_mapping import ModelNotReady, RequestKillsWorkers, WorkerLost
 from serve_app.image_codec import ImageEncoding
 from serve_app.ingress import build_asgi_app
+from serve_app.lost_workers import DEVICE_FAILURES
 from serve_app.metrics import ServerMetrics
 from serve_app.queueing import CallerLimited, Place, QueueFull
 from serve_app.routes.answers import asked_by
 from serve_app.service import ImageService, work_of
 from serve_app.settings import load_settings
-from serve_app.worker_reply import WorkerReply
+from serve_app.worker_reply import DrawingBegan, WorkerReply, WorkerUnfit
 from tests.serve_app.conftest import client_of
 from tests.serve_app.test_openai_schema import MODEL
-from zimage_engine.errors import DeadlineExceeded, GenerationCancelled, InvalidRequest, InvalidSize
+from zimage_engine.errors import (
+    DeadlineExceeded,
+    DeviceFailed,
+    GenerationCancelled,
+    InvalidRequest,
+    InvalidSize,
+)
 from zimage_engine.prompts.enhancer import unchanged
 from zimage_engine.sampling.plan import resolve
 from zimage_engine.types import GenerationReport, GenerationRequest, PictureReport, StepProgress
@@ -146,11 +153,59 @@ async def test_progress_may_be_awaited() -> None:
     assert steps == [StepProgress(1, 1, 1, 2)]
 
 
-async def test_a_request_is_tried_twice_and_no_more() -> None:
+async def test_a_request_that_kills_two_workers_is_refused_and_named() -> None:
     workers = ScriptedWorkers([died(), died(), None])
-    with pytest.raises(WorkerLost, match="so did the one that tried again"):
-        await service_over(workers).generate(REQUEST, PNG)
+    service = service_over(workers)
+    with pytest.raises(RequestKillsWorkers, match=r"Two workers died .* \(256x256, 8 steps, n 1\)"):
+        await service.generate(REQUEST, PNG)
     assert len(workers.seen) == 2
+    with pytest.raises(RequestKillsWorkers, match="within the last hour"):
+        await service.generate(replace(REQUEST, seed=5), PNG)
+    assert len(workers.seen) == 2, "no third worker is risked"
+    await service.generate(replace(REQUEST, num_inference_steps=7), PNG)
+    assert 'zimage_requests_total{outcome="request_kills_workers",replica="local"} 2.0' in (
+        await service.metrics_text()
+    )
+
+
+@dataclass
+class BusyWorkers(ScriptedWorkers):
+    """Whoever is streamed meets its fate before anything was drawn for it: the worker drew something else."""
+
+    async def _stream(
+        self, request: GenerationRequest, encoding: ImageEncoding, previews: int, trace_id: str = ""
+    ) -> AsyncIterator[DrawingBegan | StepProgress | WorkerReply]:
+        reply = await self._draw(request, encoding)
+        yield DrawingBegan()
+        yield reply
+
+
+async def test_who_waits_behind_a_killer_is_drawn_however_often_that_kills() -> None:
+    workers = BusyWorkers([died(), died(), WorkerUnfit("its device failed"), died(), None])
+    service = service_over(workers)
+    assert (await service.generate(REQUEST, PNG)).pictures == (b"picture",)
+    assert len(workers.seen) == 5 and len({request.seed for request in workers.seen}) == 1
+    await service.generate(REQUEST, PNG)
+
+
+async def test_a_failed_device_costs_no_picture() -> None:
+    failed = DeviceFailed("cuda:0 failed")
+    workers = ScriptedWorkers([failed, RayTaskError("generate", "", failed), None])
+    service = service_over(workers)
+    await service.generate(REQUEST, PNG)
+    assert len({request.seed for request in workers.seen}) == 1
+    metrics = await service.metrics_text()
+    assert 'zimage_device_failures_total{replica="local"} 2.0' in metrics
+    assert 'zimage_worker_retries_total{replica="local"} 2.0' in metrics
+
+
+async def test_where_every_device_fails_the_request_ends_and_may_come_again() -> None:
+    workers = ScriptedWorkers([DeviceFailed("cuda:0 failed")] * DEVICE_FAILURES)
+    service = service_over(workers)
+    with pytest.raises(DeviceFailed):
+        await service.generate(REQUEST, PNG)
+    assert len(workers.seen) == DEVICE_FAILURES
+    await service.generate(REQUEST, PNG)
 
 
 async def test_a_request_that_comes_before_the_first_worker_waits_for_it() -> None:
@@ -226,11 +281,11 @@ class Failure:
 
 
 FAILURES = (
-    Failure(BackPressureError(64, 64), 429, "queue_full", True),
     Failure(InvalidRequest("seed is odd", "seed"), 400, "invalid_value", False),
     Failure(QueueFull("full", {"Retry-After": "3"}), 429, "queue_full", True),
     Failure(CallerLimited("too many", {"Retry-After": "3"}), 429, "rate_limit_exceeded", True),
     Failure(GenerationCancelled("stopped"), 503, "cancelled", True),
+    Failure(RequestKillsWorkers("twice"), 422, "request_kills_workers", False),
     Failure(RuntimeError("secret path /srv/model"), 500, "internal_error", False),
 )
 
@@ -412,10 +467,10 @@ async def test_a_worker_that_dies_keeps_the_turn_of_its_request() -> None:
     workers = ScriptedWorkers([died(), None, None])
     await service_over(workers, max_queued_requests=1).generate(REQUEST, PNG)
     service = service_over(ScriptedWorkers([died(), died(), *[None] * 9]), max_queued_requests=1)
-    with pytest.raises(WorkerLost):
+    with pytest.raises(RequestKillsWorkers):
         await service.generate(REQUEST, PNG)
-    for _ in range(2 * IN_HAND):
-        await service.generate(REQUEST, PNG)
+    for seed in range(2 * IN_HAND):
+        await service.generate(replace(REQUEST, prompt=f"circle {seed}"), PNG)
 
 
 async def test_the_time_of_a_request_counts_while_it_waits_and_while_it_is_drawn() -> None:

@@ -17,11 +17,11 @@ import pytest
 from fastapi import FastAPI
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
-from ray.serve.exceptions import BackPressureError
 
 from serve_app import streaming
 from serve_app.image_codec import ImageEncoding
 from serve_app.ingress import build_asgi_app
+from serve_app.queueing import QueueFull
 from serve_app.settings import load_settings
 from serve_app.streaming import CompletedEvent, ErrorEvent, PartialImageEvent
 from serve_app.worker_reply import Preview, WorkerReply
@@ -75,7 +75,7 @@ async def test_openais_client_reads_previews_and_the_picture(
     for preview in previews:
         assert isinstance(preview, ImageGenPartialImageEvent)
         assert image_of(preview.b64_json).size == (64, 64)
-        assert (preview.size, preview.quality, preview.background) == ("64x64", "auto", "opaque")
+        assert (preview.size, preview.quality, preview.background) == ("64x64", "high", "opaque")
         assert (preview.output_format, abs(preview.created_at - time.time()) < 60) == ("png", True)
     assert len({preview.b64_json for preview in previews}) == len(previews)
     assert isinstance(last, ImageGenCompletedEvent)
@@ -101,7 +101,7 @@ async def test_events_are_what_the_document_says_and_tell_how_the_picture_was_ma
     assert response.headers["cache-control"] == "no-cache"
     preview, last = data_of(response.text)
     assert PartialImageEvent.model_validate(preview).model_dump() == preview
-    assert CompletedEvent.model_validate(last).model_dump() == last
+    assert CompletedEvent.model_validate(last).model_dump(exclude_unset=True) == last
     assert (last["seed"], last["steps"], last["quality"], last["guidance"]) == (5, 4, "low", 1.0)
 
 
@@ -155,7 +155,7 @@ async def test_a_failure_after_it_is_an_event_that_openais_client_raises() -> No
 
 
 async def test_the_event_of_a_failure_has_the_body_of_the_plain_answer() -> None:
-    async with client_of(app_over(ScriptedWorkers([BackPressureError(64, 64)]))) as client:
+    async with client_of(app_over(ScriptedWorkers([QueueFull("The queue is full.", {})]))) as client:
         response = await client.post(URL, json=ASKED | {"stream": True})
     (last,) = data_of(response.text)
     assert response.status_code == 200

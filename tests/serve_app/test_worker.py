@@ -17,7 +17,7 @@ from PIL import Image
 from serve_app.image_codec import ImageEncoding, read_parameters
 from serve_app.settings import Settings
 from serve_app.worker import ImageWorker
-from serve_app.worker_reply import WorkerReply
+from serve_app.worker_reply import DrawingBegan, WorkerReply
 from tests.serve_app.conftest import loaded_worker
 from tests.zimage_engine.tiny_models.lora import write_lora
 from zimage_engine.errors import InvalidSize
@@ -88,7 +88,7 @@ async def test_loras_of_the_settings_act_and_are_told(
 
 async def test_steps_are_told_as_they_end(worker: ImageWorker, drawings: list[tuple[float, float]]) -> None:
     items = [item async for item in worker.generate_streaming(replace(REQUEST, n=2), PNG)]
-    assert items[:-1] == [StepProgress(p, 2, s, 3) for p in (1, 2) for s in (1, 2, 3)]
+    assert items[:-1] == [DrawingBegan(), *(StepProgress(p, 2, s, 3) for p in (1, 2) for s in (1, 2, 3))]
     assert isinstance(items[-1], WorkerReply)
 
 
@@ -143,6 +143,7 @@ async def test_a_reader_that_leaves_the_stream_stops_the_drawing(
     worker: ImageWorker, drawings: list[tuple[float, float]]
 ) -> None:
     stream = worker.generate_streaming(replace(LONG, n=10), PNG)
+    assert await anext(stream) == DrawingBegan()
     assert isinstance(await anext(stream), StepProgress)
     await stream.aclose()  # type: ignore[attr-defined]
     assert len(drawings) == 1, "the stream was closed, and the engine still draws"

@@ -81,7 +81,7 @@ OF_THE_BODY = (
     fields("seed negative", "seed", "at least 0, got -1", seed=-1),
     fields("enhance text", "enhance", "true or false, got 'yes'", enhance="yes"),
     # the packing
-    fields("url", "response_format", "not offered", response_format="url"),
+    fields("url of a stream", "response_format", "with stream true", response_format="url", stream=True),
     fields("format of the response", "response_format", "b64_json", response_format="jpeg"),
     fields("gif", "output_format", "'png', 'jpeg' or 'webp'", output_format="gif"),
     fields("compression 101", "output_compression", "at most 100", output_compression=101),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from zimage_engine.checkpoint.features import CheckpointFeatures
 from zimage_engine.errors import UnknownFamily
-from zimage_engine.families.family import ComponentRow, GoodRange, ModelFamily, ValueRange
+from zimage_engine.families.family import ComponentRow, Editing, GoodRange, ModelFamily, ValueRange
 from zimage_engine.families.pixart import PIXART_ALPHA_512, PIXART_ALPHA_1024, PIXART_SIGMA
 from zimage_engine.families.sdxl import SDXL, SDXL_LCM, SDXL_TURBO
 from zimage_engine.families.z_image import Z_IMAGE, Z_IMAGE_TURBO
@@ -14,6 +14,7 @@ from zimage_engine.families.z_image import Z_IMAGE, Z_IMAGE_TURBO
 __all__ = [
     "FAMILIES",
     "ComponentRow",
+    "Editing",
     "GoodRange",
     "ModelFamily",
     "ValueRange",

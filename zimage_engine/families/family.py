@@ -68,6 +68,22 @@ UNIT_RESIDUAL = ValueRange(
 
 
 @dataclass(frozen=True, slots=True)
+class Editing:
+    """How a family draws from a picture: diffusers' pipelines for the whole of it and for a masked part.
+
+    `strength` is the default for a whole picture, `masked_strength` for a masked part, `variation_strength`
+    for another picture like it. `because` says where they come from.
+    """
+
+    image_to_image: str
+    inpaint: str
+    strength: float
+    masked_strength: float
+    variation_strength: float
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFamily:
     """A kind of model that we support.
 
@@ -83,6 +99,7 @@ class ModelFamily:
     `components` is what the pipeline consists of, `scheduler_defaults` the published scheduler's config,
     `published_id` the maker's model on the hub. `has_chat_template`: prompts are framed by the tokenizer's
     template. Each tokenizer of `text_encoders` reads for the text encoder beside it.
+    `editing` is None where diffusers has no pipeline that draws from a picture.
     `patch_size` is how many of the picture processor's units a side must be a multiple of.
     `residual` is the range of the denoiser's output, `embedding_limit` and `decoded_limit` the magnitudes
     beyond which the text encoder's answer and the decoded picture (which is -1 to 1) are faults.
@@ -112,6 +129,7 @@ class ModelFamily:
     scheduler_defaults: Mapping[str, Any]
     published_id: str
     quantised_layers: str
+    editing: Editing | None = None
     has_chat_template: bool = False
     text_encoders: tuple[tuple[str, str], ...] = (("tokenizer", "text_encoder"),)
     patch_size: int = 1

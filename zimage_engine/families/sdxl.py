@@ -14,7 +14,7 @@ from zimage_engine.checkpoint.match import (
     config_lacks,
     pipeline_class,
 )
-from zimage_engine.families.family import ComponentRow, GoodRange, ModelFamily
+from zimage_engine.families.family import ComponentRow, Editing, GoodRange, ModelFamily
 
 #: CLIP has this many positions, the two ends of a text included.
 CLIP_TOKENS = 77
@@ -145,6 +145,14 @@ SDXL = ModelFamily(
         "timestep_spacing": "leading",
     },
     published_id="stabilityai/stable-diffusion-xl-base-1.0",
+    editing=Editing(
+        image_to_image="StableDiffusionXLImg2ImgPipeline",
+        inpaint="StableDiffusionXLInpaintPipeline",
+        strength=0.65,
+        masked_strength=0.9,
+        variation_strength=0.4,
+        because="common advice, as for Z-Image. Not measured",
+    ),
     # Attention and feed-forward. Convolutions are no linear layers; projections around a block stay.
     quantised_layers=r".+\.transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))",
     text_encoders=(("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),

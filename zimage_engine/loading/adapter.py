@@ -31,7 +31,9 @@ from zimage_engine.loading.locate import commit_of, locate
 from zimage_engine.loading.lora_description import refuse_lora
 from zimage_engine.loading.mending import Mending, plan_mending
 from zimage_engine.loading.plan import LoadPlan, plan_load
+from zimage_engine.loading.provenance import digest_of
 from zimage_engine.loading.view import default_cache_folder, ensure_view, find_view
+from zimage_engine.types import ModelIdentity
 
 
 class ModelLoaderAdapter:
@@ -189,6 +191,12 @@ class ModelLoaderAdapter:
         if self._known is not None:
             return self._known.repairs
         return tuple(made.repair.name for made in self.mending.repairs)
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What it is made of, wherever its files stand: their content, and its commit where it has one."""
+        beside = [locate(path) for path in self._beside.values() if path is not None]
+        return ModelIdentity(digest_of([self.origin, *beside]), self.commit, self.repairs)
 
     def _from_pretrained(self, path: Path, load: KnownLoad) -> Any:
         import diffusers

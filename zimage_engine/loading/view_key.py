@@ -58,15 +58,20 @@ def content_of(file: Path) -> str:
     if real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
         return f"sha256:{real.name}:{stat.st_size}"
     digest = hashlib.sha256()
-    with real.open("rb") as opened:
+    sample_into(digest, file)
+    return f"sample:{digest.hexdigest()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def sample_into(digest: hashlib._Hash, file: Path) -> None:
+    """Feed `digest` a weight file's header and the sampled blocks of `file`."""
+    with file.open("rb") as opened:
         # The suffix of the name as given: in a cache of links the real file has none.
         if file.suffix == ".safetensors":
             header_bytes = int.from_bytes(opened.read(8), "little")
             digest.update(opened.read(min(header_bytes, _MAX_HEADER_BYTES)))
-        for offset in block_offsets(stat.st_size):
+        for offset in block_offsets(file.stat().st_size):
             opened.seek(offset)
             digest.update(opened.read(_BLOCK_BYTES))
-    return f"sample:{digest.hexdigest()}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def block_offsets(size_bytes: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Adds quality words to a short prompt and the usual faults to its negative prompt, by rule.
+"""Adds to a prompt what it lacks of quality and light, and the usual faults to its negative prompt, by rule.
 
 Deterministic, and adds nothing to what it has already enhanced. Knows no model and no tokenizer:
 whoever calls tells how tokens are counted. The words themselves stand in `lexicon/*.toml`.
@@ -7,12 +7,15 @@ whoever calls tells how tokens are counted. The words themselves stand in `lexic
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from zimage_engine.prompts.analyzer import analyze
 from zimage_engine.prompts.language import language_of
-from zimage_engine.prompts.phrases import Phrase, lexicon
-from zimage_engine.types import EnhancedPrompt
+from zimage_engine.prompts.phrases import LANGUAGES, Phrase, lexicon
+from zimage_engine.types import EnhancedPrompt, PhraseChoice, Reason
 
 # A single full stop at the end gives way to the comma that joins; an ellipsis or "U.S." keeps its own.
 _FULL_STOP = re.compile(r"(?<=[^.。\s])(?<!\.\w)[.。]\Z")
@@ -23,13 +26,14 @@ _WIDE_MARKS = (*"，、；：！？。．", "……")
 
 @dataclass(frozen=True, slots=True)
 class _Extension:
-    """One prompt with what was added to it, and how many phrases were not, for which reason."""
+    """One prompt with what was added to it, and what was not."""
 
     text: str
-    added: tuple[str, ...]
-    already_there: int
-    unwanted: int
-    without_room: int
+    added: tuple[PhraseChoice, ...]
+    left_out: tuple[PhraseChoice, ...]
+
+    def phrases(self) -> tuple[str, ...]:
+        return tuple(choice.phrase for choice in self.added)
 
 
 def enhance(
@@ -43,9 +47,11 @@ def enhance(
 
     The caller's words come first and stay as they are, byte for byte, but for a full stop or white
     space at the very end, which give way to the joining comma. A phrase is not added where any wording
-    of it, in any language, stands already; where the caller's other prompt speaks against it; or
-    where the text would then exceed `token_limit` by `count_tokens` (the last phrases go first, the
-    caller's words never). Without both of these the length is unlimited. An empty prompt stays empty.
+    of it, in any language, stands already; where the prompt says its own of that kind (a light, a
+    resolution) or asks for something that the phrase would spoil (a flat style, a blurry background);
+    where the negative prompt keeps it out; or where the text would then exceed `token_limit` by
+    `count_tokens` (the last phrases go first, the caller's words never). Without both of these the length
+    is unlimited. An empty prompt stays empty. Each phrase that was added or left out says why.
     """
     negative = negative_prompt or ""
     language = language_of(prompt)
@@ -58,27 +64,37 @@ def enhance(
         return count_tokens is None or token_limit is None or count_tokens(text) <= token_limit
 
     words = lexicon(language)
-    more = _extend(
-        prompt,
-        words.positive,
-        words.separator,
-        lambda phrase: phrase.is_in(negative) or phrase.works_against(prompt),
-        fits,
-    )
-    less = _extend(
-        negative,
-        words.negative,
-        words.separator,
-        lambda phrase: phrase.is_asked_for_in(prompt) or phrase.works_against(prompt),
-        fits,
-    )
+    said, warned = _said(prompt), _said(negative)
+
+    def choice_of(phrase: Phrase) -> tuple[Reason, str]:
+        return _choice(
+            (
+                ("said", phrase.found_in(prompt)),
+                ("refused", phrase.found_in(negative) or _first(warned, phrase.rule.refused_by)),
+                ("against", _first(said, phrase.rule.yields_to)),
+                ("kind_said", _first(said, phrase.rule.said_by)),
+            )
+        )
+
+    def choice_of_negative(phrase: Phrase) -> tuple[Reason, str]:
+        return _choice(
+            (
+                ("said", phrase.found_in(negative)),
+                ("against", _first(said, phrase.rule.yields_to) or phrase.asked_for_in(prompt)),
+            )
+        )
+
+    more = _extend("prompt", prompt, words.positive, words.separator, choice_of, fits)
+    less = _extend("negative_prompt", negative, words.negative, words.separator, choice_of_negative, fits)
     return EnhancedPrompt(
         prompt=more.text,
         negative_prompt=less.text,
-        added=more.added,
-        added_negative=less.added,
+        added=more.phrases(),
+        added_negative=less.phrases(),
         language=language,
-        because=_because(more, less, token_limit),
+        because=_summary(more, less, token_limit),
+        additions=more.added + less.added,
+        left_out=more.left_out + less.left_out,
     )
 
 
@@ -92,22 +108,72 @@ def unchanged(prompt: str, negative_prompt: str | None) -> EnhancedPrompt:
     )
 
 
+def because(choice: PhraseChoice, language: str) -> str:
+    """Why the phrase was added or left out, in one of LANGUAGES."""
+    return _because(_meaning_of(choice.phrase), choice.reason, choice.about, language)
+
+
+def _because(meaning: str, reason: Reason, about: str, language: str) -> str:
+    words = lexicon(language)
+    why = next(phrase.why for phrase in words.positive + words.negative if phrase.meaning == meaning)
+    return words.because[reason].format(why=why, about=about)
+
+
+def _meaning_of(text: str) -> str:
+    return next(
+        phrase.meaning
+        for words in map(lexicon, LANGUAGES)
+        for phrase in words.positive + words.negative
+        if phrase.text == text
+    )
+
+
+def _said(text: str) -> dict[str, str]:
+    """What the text asks for, by what it says (`style.flat`), with its first wording of that."""
+    said: dict[str, str] = {}
+    for span in analyze(text):
+        if not span.is_negated:
+            said.setdefault(span.says, span.text)
+    return said
+
+
+def _first(said: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    return next((said[name] for name in names if name in said), None)
+
+
+def _choice(found: tuple[tuple[Reason, str | None], ...]) -> tuple[Reason, str]:
+    """The first reason for which words were found, with these."""
+    return next(((reason, words) for reason, words in found if words is not None), ("missing", ""))
+
+
 def _extend(
+    field: Literal["prompt", "negative_prompt"],
     text: str,
     phrases: tuple[Phrase, ...],
     separator: str,
-    is_unwanted: Callable[[Phrase], bool],
+    choice_of: Callable[[Phrase], tuple[Reason, str]],
     fits: Callable[[str], bool],
 ) -> _Extension:
-    missing = [phrase for phrase in phrases if not phrase.is_in(text)]
-    wanted = [phrase.text for phrase in missing if not is_unwanted(phrase)]
+    chosen = [(phrase, *choice_of(phrase)) for phrase in phrases]
+    wanted = [phrase.text for phrase, reason, _ in chosen if reason == "missing"]
     extended, room = _longest(text, wanted, separator, fits)
+    without_room = frozenset(wanted[room:])
+    choices = [
+        _explained(phrase, field, "no_room" if phrase.text in without_room else reason, about)
+        for phrase, reason, about in chosen
+    ]
     return _Extension(
         text=extended,
-        added=tuple(wanted[:room]),
-        already_there=len(phrases) - len(missing),
-        unwanted=len(missing) - len(wanted),
-        without_room=len(wanted) - room,
+        added=tuple(choice for choice in choices if choice.reason == "missing"),
+        left_out=tuple(choice for choice in choices if choice.reason != "missing"),
+    )
+
+
+def _explained(
+    phrase: Phrase, field: Literal["prompt", "negative_prompt"], reason: Reason, about: str
+) -> PhraseChoice:
+    return PhraseChoice(
+        phrase.text, field, phrase.rule.kind, reason, about, _because(phrase.meaning, reason, about, "en")
     )
 
 
@@ -130,17 +196,15 @@ def _join(text: str, phrases: list[str], separator: str) -> str:
     return start + (" " if start.endswith(_NARROW_MARKS) else separator) + added
 
 
-def _because(more: _Extension, less: _Extension, token_limit: int | None) -> str:
+def _summary(more: _Extension, less: _Extension, token_limit: int | None) -> str:
     """One sentence: how much was added, and why the rest was not."""
-    already_there = more.already_there + less.already_there
-    unwanted = more.unwanted + less.unwanted
-    without_room = more.without_room + less.without_room
+    counts = Counter(choice.reason for choice in more.left_out + less.left_out)
     left_out = [
-        reason
-        for count, reason in (
-            (already_there, f"{already_there} already there"),
-            (unwanted, f"{unwanted} against what was asked for"),
-            (without_room, f"{without_room} without room in {token_limit} tokens"),
+        f"{count} {words}"
+        for count, words in (
+            (counts["said"] + counts["kind_said"], "already there"),
+            (counts["against"] + counts["refused"], "against what was asked for"),
+            (counts["no_room"], f"without room in {token_limit} tokens"),
         )
         if count
     ]

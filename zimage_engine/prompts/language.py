@@ -13,9 +13,9 @@ _JAPANESE_FROM_KANA_PER_HAN = 0.2
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
 _KANA = re.compile("[\u3041-\u3096\u30a1-\u30fa\uff66-\uff9d]")
 # Words that shall stand in the picture, and names of files, are not the language that is spoken.
-_NOT_SPOKEN = re.compile(
-    r"\"[^\"]*\"|“[^”]*”|‘[^’]*’|「[^」]*」|『[^』]*』|(?<!\w)'[^']*'(?!\w)|<\w+:[^<>]*>"
-)
+#: A quotation with its marks. Behind a digit " means inches, within a word ' is an apostrophe.
+QUOTED = re.compile(r"(?<!\d)\"[^\"]*\"|“[^“”]*”|‘[^‘’]*’|「[^「」]*」|『[^『』]*』|(?<!\w)'[^']*'(?!\w)")
+_NOT_SPOKEN = re.compile(rf"{QUOTED.pattern}|<\w+:[^<>]*>")
 
 
 def language_of(prompt: str) -> str:

@@ -8,24 +8,36 @@ from __future__ import annotations
 import re
 import tomllib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
+
+from zimage_engine.types import Kind, Reason
 
 #: One lexicon file each. The first is spoken where no other language fits.
 LANGUAGES = ("en", "zh")
 
 # Between the parts of a phrase may stand spaces of every kind, hyphens, underscores, or nothing.
-_GAP = r"[\s_\-\u00ad\u2010-\u2015\u2212\u200b-\u200d\ufeff]*"
+GAP = r"[\s_\-\u00ad\u2010-\u2015\u2212\u200b-\u200d\ufeff]*"
 # Latin words must match whole; Chinese ones have no edges, and may touch Latin words.
-_LATIN = "0-9a-z\u00df-\u024f"
-_PART = re.compile(rf"[{_LATIN}']+|[^\s_\-]")
+LATIN = "0-9a-z\u00df-\u024f"
+_PART = re.compile(rf"[{LATIN}']+|[^\s_\-]")
 # <lora:masterpiece_v2:0.8> names a file; it asks for nothing.
-_FILE_NAME = re.compile(r"<\w+:[^<>]*>")
+FILE_NAME = re.compile(r"<\w+:[^<>]*>")
 #: Characters before a phrase in which a negator is looked for: the longest one and a few fillers.
 _NEGATION_REACH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """When a phrase is left out: `said_by`, `yields_to` and `refused_by` name what words say (KIND.WHAT)."""
+
+    kind: Kind
+    said_by: tuple[str, ...]
+    yields_to: tuple[str, ...]
+    refused_by: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,77 +46,89 @@ class Phrase:
 
     meaning: str
     text: str
-    _wordings: re.Pattern[str]
-    _opposites: re.Pattern[str] | None
-    _negation: re.Pattern[str]
+    why: str
+    rule: Rule
+    wordings: tuple[str, ...]
+    _pattern: re.Pattern[str]
 
-    def is_in(self, text: str) -> bool:
-        """Whether `text` has this meaning in any wording, asked for or warned of."""
-        return self._wordings.search(_folded(text)) is not None
+    def found_in(self, text: str) -> str | None:
+        """How `text` words this meaning first, asked for or warned of; None where it does not."""
+        found = self._pattern.search(_folded(text))
+        return None if found is None else found.group()
 
-    def is_asked_for_in(self, text: str) -> bool:
-        """Whether `text` has this meaning at least once without a negator before it."""
-        return self._asked(self._wordings, text)
-
-    def works_against(self, text: str) -> bool:
-        """Whether `text` asks for something that this phrase would spoil."""
-        return self._opposites is not None and self._asked(self._opposites, text)
-
-    def _asked(self, wordings: re.Pattern[str], text: str) -> bool:
+    def asked_for_in(self, text: str) -> str | None:
+        """How `text` words this meaning first without a negator before it; None where it does not."""
         folded = _folded(text)
-        return any(
-            self._negation.search(folded, max(0, found.start() - _NEGATION_REACH), found.start()) is None
-            for found in wordings.finditer(folded)
+        return next(
+            (
+                found.group()
+                for found in self._pattern.finditer(folded)
+                if not is_negated(folded, found.start())
+            ),
+            None,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:
-    """What the enhancer writes in one language, in the order in which it is added."""
+    """What the enhancer writes in one language, in the order in which it is added.
+
+    `because` words the reasons; what stands in braces there is filled in.
+    """
 
     language: str
     separator: str
     positive: tuple[Phrase, ...]
     negative: tuple[Phrase, ...]
+    because: Mapping[Reason, str]
 
 
 @cache
 def lexicon(language: str) -> Lexicon:
     """The lexicon of one of LANGUAGES; its phrases know their wordings in all of them."""
-    files = _files()
-    own = files[language]
-    negation = _negation(files.values())
+    own = read_lexicon_file(language)
 
     def phrases(side: str) -> tuple[Phrase, ...]:
-        return tuple(_phrase(row, _of_meaning(row["meaning"], side, files), negation) for row in own[side])
+        return tuple(_phrase(row, side) for row in own[side])
 
-    return Lexicon(language, own["separator"], phrases("positive"), phrases("negative"))
+    return Lexicon(language, own["separator"], phrases("positive"), phrases("negative"), own["because"])
+
+
+def is_negated(folded: str, start: int) -> bool:
+    """Whether what begins at `start` of a text without case is warned of there rather than asked for."""
+    return _negation().search(folded, max(0, start - _NEGATION_REACH), start) is not None
 
 
 @cache
-def _files() -> dict[str, dict[str, Any]]:
-    folder = resources.files("zimage_engine.prompts") / "lexicon"
-    return {name: tomllib.loads((folder / f"{name}.toml").read_text("utf-8")) for name in LANGUAGES}
+def read_lexicon_file(name: str) -> dict[str, Any]:
+    """The contents of one file of the folder `lexicon`; not to be changed."""
+    file = resources.files("zimage_engine.prompts") / "lexicon" / f"{name}.toml"
+    return tomllib.loads(file.read_text("utf-8"))
 
 
-def _of_meaning(meaning: str, side: str, files: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for file in files.values() for row in file[side] if row["meaning"] == meaning]
-
-
-def _phrase(row: dict[str, Any], same: list[dict[str, Any]], negation: re.Pattern[str]) -> Phrase:
-    opposites = [wording for other in same for wording in other["yields_to"]]
+def _phrase(row: dict[str, Any], side: str) -> Phrase:
+    rule = read_lexicon_file("rules")[row["meaning"]]
+    same = [
+        other
+        for language in LANGUAGES
+        for other in read_lexicon_file(language)[side]
+        if other["meaning"] == row["meaning"]
+    ]
+    wordings = tuple(wording for other in same for wording in (other["phrase"], *other["also"]))
     return Phrase(
         meaning=row["meaning"],
         text=row["phrase"],
-        _wordings=_any_of(wording for other in same for wording in (other["phrase"], *other["also"])),
-        _opposites=_any_of(opposites) if opposites else None,
-        _negation=negation,
+        why=row["why"],
+        rule=Rule(rule["kind"], tuple(rule["said_by"]), tuple(rule["yields_to"]), tuple(rule["refused_by"])),
+        wordings=wordings,
+        _pattern=_any_of(wordings),
     )
 
 
+@lru_cache(maxsize=4)  # every phrase looks at the same two prompts
 def _folded(text: str) -> str:
     """The text without case, width, curly apostrophes and names of files, ready for comparison."""
-    return _FILE_NAME.sub(" ", unicodedata.normalize("NFKC", text).casefold().replace("’", "'"))
+    return FILE_NAME.sub(" ", unicodedata.normalize("NFKC", text).casefold().replace("’", "'"))
 
 
 def _any_of(wordings: Iterable[str]) -> re.Pattern[str]:
@@ -113,14 +137,15 @@ def _any_of(wordings: Iterable[str]) -> re.Pattern[str]:
 
 def _one(wording: str) -> str:
     folded = _folded(wording)
-    before = rf"(?<![{_LATIN}])" if re.match(f"[{_LATIN}]", folded) else ""
-    behind = rf"(?![{_LATIN}])" if re.search(f"[{_LATIN}]$", folded) else ""
-    return before + _GAP.join(re.escape(part) for part in _PART.findall(folded)) + behind
+    before = rf"(?<![{LATIN}])" if re.match(f"[{LATIN}]", folded) else ""
+    behind = rf"(?![{LATIN}])" if re.search(f"[{LATIN}]$", folded) else ""
+    return before + GAP.join(re.escape(part) for part in _PART.findall(folded)) + behind
 
 
-def _negation(files: Iterable[dict[str, Any]]) -> re.Pattern[str]:
+@cache
+def _negation() -> re.Pattern[str]:
     """Finds a negator at the very end of a text, with nothing but fillers behind it."""
-    rows = list(files)
-    negators = "|".join(_one(word) for file in rows for word in file["negators"])
-    fillers = "|".join(_one(word) for file in rows for word in file["fillers"])
-    return re.compile(rf"(?:{negators})(?:{_GAP}(?:{fillers}))*{_GAP}\Z")
+    rows = [read_lexicon_file(language)["negation"] for language in LANGUAGES]
+    negators = "|".join(_one(word) for row in rows for word in row["negators"])
+    fillers = "|".join(_one(word) for row in rows for word in row["fillers"])
+    return re.compile(rf"(?:{negators})(?:{GAP}(?:{fillers}))*{GAP}\Z")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from zimage_engine.sampling import float32
+from zimage_engine.sampling.device_failure import raise_if_failed
 from zimage_engine.sampling.recovery import Facts, Measures, Trip
 from zimage_engine.sampling.tripwire import finding_in
 from zimage_engine.types import GuardTrip
@@ -77,6 +78,7 @@ class GuardedDecoder:
             try:
                 decoded = self._decoded(measures, latents, args, kwargs)
             except RuntimeError as error:
+                raise_if_failed(error)
                 found = f"an error ({type(error).__name__})"
             else:
                 found = finding_in(decoded[0], self._limit)

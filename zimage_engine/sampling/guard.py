@@ -49,6 +49,8 @@ class StepWatch:
     generator: torch.Generator
     before_step: Callable[[int], None]
     passed: Callable[[int, torch.Tensor], None]
+    #: How many of the scheduler's steps the pipeline leaves out at first, having a picture to start from.
+    left_out: int = 0
     resume_from: Checkpoint | None = None
     last_good: Checkpoint | None = None
     #: The denoiser's output, as it was used, in the step from `last_good`.
@@ -67,7 +69,10 @@ class StepWatch:
         vars(scheduler).update(copied_state(start.scheduler_state))
         self.step = start.step
         self._hidden_timesteps = scheduler.timesteps
-        scheduler.timesteps = scheduler.timesteps[start.step :]
+        # The pipeline itself cuts off those that it leaves out.
+        cut = self.left_out * scheduler.order
+        shown = (scheduler.timesteps[:cut], scheduler.timesteps[cut + start.step :])
+        scheduler.timesteps = torch.cat(shown)
         if "init_noise_sigma" in vars(scheduler):  # these latents are no fresh noise
             scheduler.init_noise_sigma = 1.0
 

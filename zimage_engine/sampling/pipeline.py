@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,6 +17,8 @@ from zimage_engine.errors import GuardExhausted
 from zimage_engine.families import ModelFamily
 from zimage_engine.sampling import float32
 from zimage_engine.sampling.decoding import GuardedDecoder
+from zimage_engine.sampling.device_failure import raise_if_failed
+from zimage_engine.sampling.editing import EditingPipeline, PreparedSource, encoded
 from zimage_engine.sampling.embedding_cache import EmbeddingCache, PromptKey
 from zimage_engine.sampling.guard import StepFault, StepWatch, guarded_scheduler
 from zimage_engine.sampling.plan import SamplingPlan
@@ -178,6 +180,7 @@ class GuardedPipeline:
             try:
                 arguments = encode(measures, {})
             except RuntimeError as error:
+                raise_if_failed(error)
                 found = _could_not(error)
             else:
                 found = finding_in(arguments, limit)
@@ -192,8 +195,9 @@ class GuardedPipeline:
         check: Callable[[], None],
         on_step: Callable[[int, torch.Tensor], None],
         in_float32: bool = False,
+        source: PreparedSource | None = None,
     ) -> DrawnPicture:
-        """Draw one picture.
+        """Draw one picture, from `source` where the plan is to edit one.
 
         `check` is called before each step's result is used and before decoding, `on_step` with 1, 2, ...
         and the latents after each step; what either raises ends the drawing. `in_float32` draws every step
@@ -202,7 +206,32 @@ class GuardedPipeline:
         """
         self.stage = "denoise"
         start = Measures(plan.guidance_scale, float32=in_float32, lasting=in_float32)
-        return _Drawing(self, plan, embeddings, seed, check, on_step, start).run()
+        if source is None:
+            return _Drawing(self, plan, embeddings, seed, check, on_step, start).run()
+        started = self._clock()
+        latents, trips = self._encoded_source(source, in_float32)
+        encode_seconds = self._clock() - started
+        drawing = _Drawing(self, plan, embeddings, seed, check, on_step, start, (source, latents))
+        try:
+            drawn = drawing.run()
+        except GuardExhausted as exhausted:
+            raise GuardExhausted(exhausted.message, (*trips, *exhausted.trips)) from None
+        return replace(
+            drawn,
+            denoise_seconds=encode_seconds + drawn.denoise_seconds,
+            trace=replace(drawn.trace, trips=(*trips, *drawn.trace.trips)),
+        )
+
+    def _encoded_source(
+        self, source: PreparedSource, in_float32: bool
+    ) -> tuple[torch.Tensor, tuple[GuardTrip, ...]]:
+        """The source's latents. What helps the VAE to decode where memory is short helps it here."""
+        self.stage = "decode"
+        try:
+            return encoded(self._pipeline, self._family, source, self._clock, in_float32)
+        finally:
+            self._pipeline.maybe_free_model_hooks()
+            self.stage = "denoise"
 
 
 class _Drawing:
@@ -217,9 +246,17 @@ class _Drawing:
         check: Callable[[], None],
         on_step: Callable[[int, torch.Tensor], None],
         start: Measures,
+        source: tuple[PreparedSource, torch.Tensor] | None = None,
     ) -> None:
         self._guarded = guarded
-        self._pipeline = guarded._pipeline
+        self._seed = seed
+        self._source = source
+        self._editing = (
+            None
+            if source is None
+            else EditingPipeline(guarded._pipeline, guarded._family, source[0].mask is not None)
+        )
+        self._pipeline = guarded._pipeline if self._editing is None else self._editing.pipeline
         self._family = guarded._family
         self._clock = guarded._clock
         self._encoder = guarded._encoder
@@ -238,6 +275,7 @@ class _Drawing:
             generator=torch.Generator("cpu").manual_seed(seed),
             before_step=lambda _step: check(),
             passed=self._passed,
+            left_out=plan.steps - plan.drawn_steps,
         )
 
     def run(self) -> DrawnPicture:
@@ -278,26 +316,21 @@ class _Drawing:
 
     def _call(self) -> Any:
         """What the pipeline returns, or the fault that ended it."""
-        start = self._watch.resume_from
-        resumed = {}
-        if start is not None:
-            self._watch.generator.set_state(start.generator_state)
-            resumed["latents"] = start.latents
         self._begin(self._measures)
         self._pipeline.scheduler.watch = self._watch
         try:
-            return self._pipeline(
-                **self._encoder.call_arguments(self._embeddings.arguments),
-                **resumed,
-                width=self._plan.width_px,
-                height=self._plan.height_px,
-                num_inference_steps=self._plan.steps,
-                guidance_scale=self._family.to_pipeline_guidance(self._measures.guidance_scale),
-                generator=self._watch.generator,
-            )
+            with self._start() as beginning:
+                return self._pipeline(
+                    **self._encoder.call_arguments(self._embeddings.arguments),
+                    **beginning,
+                    num_inference_steps=self._plan.steps,
+                    guidance_scale=self._family.to_pipeline_guidance(self._measures.guidance_scale),
+                    generator=self._watch.generator,
+                )
         except StepFault as fault:
             return fault
         except RuntimeError as error:
+            raise_if_failed(error)
             # A measure that this machine cannot take (memory, a missing kernel) is one that did not help.
             if self._open is None or self._open.tried is None:
                 raise
@@ -305,6 +338,22 @@ class _Drawing:
         finally:
             self._end_measures()
             self._pipeline.maybe_free_model_hooks()
+
+    @contextmanager
+    def _start(self) -> Iterator[dict[str, Any]]:
+        """What tells the pipeline where to begin: with fresh noise, a picture, or the last good step."""
+        start, generator = self._watch.resume_from, self._watch.generator
+        if self._editing is not None and self._source is not None:
+            source, latents = self._source
+            with self._editing.drawing(self._plan, latents, start, generator, self._seed):
+                yield self._editing.arguments(self._plan, source, latents)
+            return
+        size = {"width": self._plan.width_px, "height": self._plan.height_px}
+        if start is None:
+            yield size
+            return
+        generator.set_state(start.generator_state)
+        yield {**size, "latents": start.latents}
 
     def _begin(self, measures: Measures) -> None:
         context = context_of(measures)

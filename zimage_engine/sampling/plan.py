@@ -9,6 +9,7 @@ from typing import Any
 
 from zimage_engine.errors import InvalidRequest, InvalidSize
 from zimage_engine.families import ModelFamily, family_named
+from zimage_engine.sampling.editing_plan import EditPlan, fitted_size, plan_edit
 from zimage_engine.types import EnhancedPrompt, GenerationRequest, ModelDescription, Notice
 
 MAX_PICTURES = 10
@@ -25,7 +26,7 @@ class SamplingPlan:
 
     `guidance_scale` is the conventional w, 1.0 where it is off; `pipeline_guidance` is the same in the
     stock pipeline's terms. There is one seed for each picture. `warnings` concern values that were
-    allowed but do not draw well.
+    allowed but do not draw well. `edit` is None where nothing but the prompt is drawn from.
     """
 
     prompt: str
@@ -38,6 +39,12 @@ class SamplingPlan:
     seeds: tuple[int, ...]
     refine: bool
     warnings: tuple[Notice, ...]
+    edit: EditPlan | None = None
+
+    @property
+    def drawn_steps(self) -> int:
+        """The steps that are computed: fewer than `steps` where a picture is drawn from."""
+        return self.steps if self.edit is None else self.edit.steps_run
 
     def with_prompts(self, enhanced: EnhancedPrompt) -> SamplingPlan:
         """The same plan for the prompts that the enhancer made."""
@@ -56,10 +63,13 @@ def resolve(request: GenerationRequest, model: ModelDescription) -> SamplingPlan
     steps = _default(request.num_inference_steps, model.default_steps)
     steps = _whole_number("num_inference_steps", steps, 1, model.max_steps)
     guidance_scale = max(1.0, _guidance(_default(request.guidance_scale, model.default_guidance_scale)))
-    width_px = _side("width", _default(request.width, model.native_width), model)
-    height_px = _side("height", _default(request.height, model.native_height), model)
+    native_px = (model.native_width, model.native_height)
+    default_px = native_px if request.image is None else fitted_size(request.image, model)
+    width_px = _side("width", _default(request.width, default_px[0]), model)
+    height_px = _side("height", _default(request.height, default_px[1]), model)
+    edit, edit_notices = plan_edit(request, family, steps, width_px, height_px)
     return SamplingPlan(
-        prompt=_prompt(request.prompt),
+        prompt=_prompt(request.prompt) if edit is None else _text("prompt", request.prompt),
         negative_prompt=_text("negative_prompt", _default(request.negative_prompt, "")),
         width_px=width_px,
         height_px=height_px,
@@ -71,7 +81,9 @@ def resolve(request: GenerationRequest, model: ModelDescription) -> SamplingPlan
         warnings=(
             *_warnings(family, steps, guidance_scale),
             *_size_warnings(family, width_px, height_px, model),
+            *edit_notices,
         ),
+        edit=edit,
     )
 
 

@@ -205,6 +205,7 @@ class Trip:
 
 STAGES_IN_WORDS: Mapping[str, str] = {
     "encode": "the text encoder's answer",
+    "source": "the encoded picture to draw from",
     "denoise": "the denoiser's output",
     "decode": "the decoded picture",
 }

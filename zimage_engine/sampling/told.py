@@ -8,6 +8,7 @@ from zimage_engine.types import GuardTrace, GuardTrip, Notice
 
 _WHERE: Mapping[str, str] = {
     "encode": "the text encoder's answer",
+    "source": "the encoded picture to draw from",
     "denoise": "the denoiser's output",
     "decode": "the decoded picture",
 }

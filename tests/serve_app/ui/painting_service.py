@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from PIL import Image, ImageDraw
 
 from serve_app.image_codec import ImageEncoding, PictureFacts, encode
+from serve_app.live_settings import LiveSettings, at_start
 from serve_app.queueing import OnPlace, Place
 from serve_app.service import OnProgress
+from serve_app.settings import load_settings
 from serve_app.worker_reply import WorkerReply
 from zimage_engine.prompts.enhancer import enhance, unchanged
 from zimage_engine.sampling.plan import resolve
@@ -56,6 +58,7 @@ class PaintingService:
     requests: list[GenerationRequest] = field(default_factory=list)
     replies: list[WorkerReply] = field(default_factory=list)
     cancelled: int = 0
+    live: LiveSettings = field(default_factory=lambda: at_start(load_settings()))
 
     async def description(self) -> ModelDescription | None:
         return MODEL if self.loaded else None

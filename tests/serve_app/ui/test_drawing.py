@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
 
 from serve_app.error_mapping import ModelNotReady, WorkerLost
-from serve_app.queueing import Place
+from serve_app.logs import context_of_request, request_id
+from serve_app.queueing import Place, QueueFull
 from serve_app.ui import drawing
 from serve_app.ui.drawing import (
     Asked,
@@ -25,6 +26,7 @@ from serve_app.ui.drawing import (
     draw,
     request_from,
 )
+from serve_app.worker_reply import WorkerReply
 from tests.serve_app.ui.painting_service import MODEL, PaintingService
 from zimage_engine.errors import GenerationCancelled
 from zimage_engine.types import StepProgress
@@ -159,7 +161,7 @@ async def test_readers_of_chinese_get_the_meaning_first_and_the_numbers_after() 
 @pytest.mark.parametrize(
     ("failure", "english", "chinese"),
     [
-        (BackPressureError(num_queued_requests=65, max_queued_requests=64), "Too many requests", "排队"),
+        (QueueFull("The queue is full (64 requests wait).", {}), "The queue is full", "排队"),
         (ModelNotReady("No worker has its model yet."), "No worker has its model yet.", "还没有准备好"),
         (WorkerLost("The worker died."), "The worker died.", "意外停止"),
         (RayActorError(), "worker that drew this picture stopped", "意外停止"),
@@ -182,6 +184,23 @@ async def test_a_failure_on_the_way_is_told_in_plain_words(
 async def test_the_place_in_the_queue_is_told_before_the_first_step() -> None:
     told = await moments(PaintingService(place=Place(3, 12.4)), ASKED)
     assert told[:2] == [Started(), Waiting(3, 12.4)] and isinstance(told[2], StepProgress)
+
+
+async def test_the_log_tells_the_request_that_asked_and_no_other() -> None:
+    """The page's drawings run in tasks that some request began, and seldom the one that asks."""
+    seen: list[str] = []
+
+    class Listening(PaintingService):
+        async def generate(self, *arguments: Any, **named: Any) -> WorkerReply:
+            seen.append(request_id())
+            return await super().generate(*arguments, **named)
+
+    async def drawn() -> None:
+        for id in ("the-one-that-asks", ""):
+            assert [moment async for moment in draw(Listening(), ASKED, "ann", id)]
+
+    await asyncio.create_task(drawn(), context=context_of_request("the-first-one"))
+    assert seen == ["the-one-that-asks", ""]
 
 
 async def test_the_service_hears_who_asks() -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from zimage_engine.errors import CheckpointDamaged
 from zimage_engine.prompts.enhancer import enhance
-from zimage_engine.prompts.tokens import token_counter
+from zimage_engine.prompts.tokens import cut_notice, prompt_tokens, token_counter
 
 
 def word_tokenizer() -> Tokenizer:
@@ -68,6 +68,56 @@ def test_the_demo_models_prompts_are_counted_as_its_text_encoder_gets_them() -> 
         "Ångström 😀, [a|b] (c:1.2)\n",
     ):
         assert count(prompt) == len(theirs(prompt).input_ids) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "start", "word"),
+    [
+        ("a red circle", 3, None, None),
+        ("a red circle", 2, 6, "circle"),
+        ("a red circle", 0, 0, "a"),
+        ("a red circle, a red circle", 4, 14, "a"),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_cut_at_a_word(
+    text: str, limit: int, start: int | None, word: str | None
+) -> None:
+    cut = prompt_tokens(word_tokenizer().to_str()).cut(text, limit)
+    assert (cut and cut.start, cut and cut.word) == (start, word)
+
+
+def test_special_tokens_take_their_room_from_the_words() -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    cut = prompt_tokens(tokenizer.to_str()).cut("a red circle", 4)
+    assert cut is not None and (cut.word, cut.tokens, cut.limit) == ("circle", 5, 4)
+
+
+def test_what_is_told_to_be_cut_off_is_what_a_tokenizer_leaves_out() -> None:
+    content = demo_tokenizer_json()
+    tokens, tokenizer = prompt_tokens(content), Tokenizer.from_str(content)
+    prompt = "a red circle on a white background, 白色背景上的红色圆形，上方有一颗小星星 watercolour"
+    for limit in range(1, tokens.count(prompt)):
+        cut = tokens.cut(prompt, limit)
+        assert cut is not None
+        assert prompt[cut.start : cut.start + len(cut.word)] == cut.word
+        assert cut.start <= tokenizer.encode(prompt).offsets[limit][1] <= len(prompt)
+        # All before the word is read, and with the word there is no room.
+        assert tokens.count(prompt[: cut.start].rstrip()) <= limit
+    assert tokens.cut(prompt, tokens.count(prompt)) is None
+
+
+def test_the_notice_names_the_word_and_what_to_do() -> None:
+    cut = prompt_tokens(word_tokenizer().to_str()).cut("a red circle", 2)
+    assert cut is not None
+    notice = cut_notice("prompt", cut)
+    assert notice.code == "prompt_truncated"
+    assert notice.message == (
+        "prompt takes 3 tokens and this model has room for 2: the room for prompt ends at 'circle', "
+        "its character 7, and the rest would be left out; shorten it"
+    )
 
 
 def test_an_enhanced_prompt_stays_within_a_limit_counted_by_a_real_tokenizer() -> None:

@@ -1,0 +1,183 @@
+"""Jobs over HTTP, drawn by a real worker in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.jobs.store import JobStore
+from serve_app.metrics import ServerMetrics
+from serve_app.service import ImageService
+from tests.serve_app.jobs.conftest import SMALL
+
+JOBS = "/v1/images/jobs"
+
+
+async def ended(client: httpx.AsyncClient, id: str) -> dict[str, Any]:
+    async with asyncio.timeout(60):
+        while True:
+            answer = await client.get(f"{JOBS}/{id}")
+            if answer.status_code != 200 or answer.json()["status"] in ("done", "failed", "cancelled"):
+                return answer.json()
+            await asyncio.sleep(0.05)
+
+
+def events_in(text: str) -> list[tuple[int, str, dict[str, Any]]]:
+    found = []
+    for block in text.split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if lines:
+            found.append((int(lines["id"]), lines["event"], json.loads(lines["data"])))
+    return found
+
+
+async def test_a_job_is_drawn_and_has_the_picture_of_its_seed(jobs_client: httpx.AsyncClient) -> None:
+    accepted = await jobs_client.post(JOBS, json=SMALL | {"seed": 7})
+    assert accepted.status_code == 202
+    job = accepted.json()
+    assert accepted.headers["location"] == f"{JOBS}/{job['id']}"
+    assert (job["status"], job["position"], job["result"]) == ("queued", 1, None)
+    done = await ended(jobs_client, job["id"])
+    plain = (await jobs_client.post("/v1/images/generations", json=SMALL | {"seed": 7})).json()
+    assert done["status"] == "done", done
+    assert done["result"]["data"][0]["b64_json"] == plain["data"][0]["b64_json"]
+    listed = (await jobs_client.get(JOBS)).json()
+    assert [(each["id"], each["result"]) for each in listed["data"]] == [(job["id"], None)]
+
+
+async def test_respond_async_is_the_same(jobs_client: httpx.AsyncClient) -> None:
+    answer = await jobs_client.post(
+        "/v1/images/generations", json=SMALL | {"response_format": "url"}, headers={"Prefer": "respond-async"}
+    )
+    assert (answer.status_code, answer.headers["preference-applied"]) == (202, "respond-async")
+    done = await ended(jobs_client, answer.json()["id"])
+    picture = await jobs_client.get(done["result"]["data"][0]["url"])
+    assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (SMALL | {"stream": True}, 400, "invalid_value"),
+        (SMALL | {"size": "9000x64"}, 400, "invalid_value"),
+        (SMALL | {"model": "another"}, 404, "model_not_found"),
+        (SMALL | {"webhook": "https://example.org"}, 400, "invalid_value"),
+        (SMALL | {"webhook": {"url": "ftp://example.org"}}, 400, "invalid_value"),
+        (SMALL | {"webhook": {"url": "https://a:b@example.org"}}, 400, "invalid_value"),
+        (
+            SMALL | {"webhook": {"url": "https://example.org", "secret": "whsec_c2hvcnQ="}},
+            400,
+            "invalid_value",
+        ),
+        (SMALL | {"webhook": {"url": "https://example.org", "to": 1}}, 400, "invalid_value"),
+    ],
+)
+async def test_what_cannot_be_drawn_is_no_job(
+    jobs_client: httpx.AsyncClient, body: dict[str, Any], status: int, code: str
+) -> None:
+    answer = await jobs_client.post(JOBS, json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
+    assert (await jobs_client.get(JOBS)).json()["data"] == []
+
+
+async def test_the_list_has_pages_and_a_filter(jobs_client: httpx.AsyncClient) -> None:
+    ids = [(await jobs_client.post(JOBS, json=SMALL)).json()["id"] for _ in range(3)]
+    first = (await jobs_client.get(JOBS, params={"limit": 2})).json()
+    second = (await jobs_client.get(JOBS, params={"limit": 2, "after": first["last_id"]})).json()
+    assert [each["id"] for each in first["data"] + second["data"]] == ids[::-1]
+    assert (first["has_more"], second["has_more"]) == (True, False)
+    for id in ids:
+        await ended(jobs_client, id)
+    for status, count in (("done", 3), ("failed", 0)):
+        page = (await jobs_client.get(JOBS, params={"status": status})).json()
+        assert (len(page["data"]), page["last_id"] is None) == (count, count == 0)
+    for params in ({"limit": "0"}, {"limit": "x"}, {"status": "odd"}, {"after": "job-none"}):
+        assert (await jobs_client.get(JOBS, params=params)).status_code == 400, params
+
+
+async def test_events_come_once_each_and_again_from_any_of_them(jobs_client: httpx.AsyncClient) -> None:
+    id = (await jobs_client.post(JOBS, json=SMALL)).json()["id"]
+    live = events_in((await jobs_client.get(f"{JOBS}/{id}/events")).text)
+    types = [type for _, type, _ in live]
+    assert (types[:2], types[-1]) == (["job.queued", "job.running"], "job.done")
+    assert types.count("job.done") == 1
+    for position, (number, _, _) in enumerate(live):
+        again = await jobs_client.get(f"{JOBS}/{id}/events", headers={"Last-Event-ID": str(number)})
+        assert events_in(again.text) == live[position + 1 :]
+        assert again.status_code == (204 if position == len(live) - 1 else 200)
+    wrong = await jobs_client.get(f"{JOBS}/{id}/events", headers={"Last-Event-ID": "x"})
+    assert wrong.status_code == 400
+
+
+async def test_a_job_that_is_drawn_is_cancelled_within_a_step(jobs_client: httpx.AsyncClient) -> None:
+    body = SMALL | {"num_inference_steps": 100, "size": "128x128", "n": 10}
+    id = (await jobs_client.post(JOBS, json=body)).json()["id"]
+    async with asyncio.timeout(60):
+        while not (job := (await jobs_client.get(f"{JOBS}/{id}")).json())["step"]:
+            await asyncio.sleep(0.05)
+    assert (job["status"], job["of"]) == ("running", 1000)
+    answer = await jobs_client.delete(f"{JOBS}/{id}")
+    assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
+    # The only worker is free again long before the thousand steps are over.
+    async with asyncio.timeout(20):
+        assert (await jobs_client.post("/v1/images/generations", json=SMALL)).status_code == 200
+    assert (await jobs_client.delete(f"{JOBS}/{id}")).json()["status"] == "cancelled"
+    assert (await jobs_client.get(f"{JOBS}/{id}")).json()["status"] == "cancelled"
+
+
+async def test_twenty_same_requests_under_one_key_are_drawn_once(
+    jobs_client: httpx.AsyncClient, jobs_service: ImageService
+) -> None:
+    headers = {"Idempotency-Key": "8e03978e-40d5-43e8-bc93-6894a57f9324"}
+    answers = await asyncio.gather(
+        *(jobs_client.post("/v1/images/generations", json=SMALL, headers=headers) for _ in range(20))
+    )
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.text for answer in answers}) == 1
+    assert sum("idempotent-replayed" in answer.headers for answer in answers) == 19
+    assert pictures_drawn(jobs_service._metrics) == 1
+    other = await jobs_client.post("/v1/images/generations", json=SMALL | {"seed": 1}, headers=headers)
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+    # What stands behind a plain answer is no job of the caller's.
+    assert (await jobs_client.get(JOBS)).json()["data"] == []
+
+
+async def test_a_key_makes_one_job_and_a_stream_takes_none(jobs_client: httpx.AsyncClient) -> None:
+    headers = {"Idempotency-Key": "one"}
+    first, second = [(await jobs_client.post(JOBS, json=SMALL, headers=headers)).json() for _ in range(2)]
+    assert first["id"] == second["id"]
+    for wrong in ({"Idempotency-Key": ""}, {"Idempotency-Key": "x" * 256}):
+        assert (await jobs_client.post(JOBS, json=SMALL, headers=wrong)).status_code == 400
+    streamed = await jobs_client.post(
+        "/v1/images/generations", json=SMALL | {"stream": True}, headers={"Idempotency-Key": "two"}
+    )
+    assert (streamed.status_code, streamed.json()["error"]["param"]) == (400, "stream")
+
+
+async def test_a_result_that_has_expired_is_gone_and_its_job_remembered(
+    jobs_client: httpx.AsyncClient, jobs_app: Any, store: JobStore
+) -> None:
+    id = (await jobs_client.post(JOBS, json=SMALL)).json()["id"]
+    await ended(jobs_client, id)
+    job = store.get(id)
+    assert job is not None and job.result is not None
+    await jobs_app.state.results.remove(json.loads(job.result)["data"][0]["url"])
+    gone = await jobs_client.get(f"{JOBS}/{id}")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (410, "result_expired")
+    assert (await jobs_client.get(JOBS)).json()["data"][0]["status"] == "done"
+
+
+async def test_what_is_not_there_is_404(jobs_client: httpx.AsyncClient) -> None:
+    for method, path in (("GET", ""), ("GET", "/events"), ("DELETE", "")):
+        answer = await jobs_client.request(method, f"{JOBS}/job-of-nobody{path}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "job_not_found")
+
+
+def pictures_drawn(metrics: ServerMetrics) -> float:
+    _, text = metrics.named_text()
+    lines = [line for line in text.splitlines() if line.startswith("zimage_pictures_total")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
