@@ -299,10 +299,12 @@ def check_config(config: dict[str, Any], base: str) -> None:
     if config["Entrypoint"] != ["tini", "--"]:
         raise ImageTestFailed(f"the first process must be tini, got {config['Entrypoint']}")
     if (
-        set(config["Volumes"]) != {"/var/cache/zimage-turbo", "/tmp"}
+        set(config["Volumes"]) != {"/var/cache/zimage-turbo", "/var/lib/zimage-turbo", "/tmp"}
         or "8000/tcp" not in config["ExposedPorts"]
     ):
-        raise ImageTestFailed(f"two volumes and port 8000, got {config['Volumes']} {config['ExposedPorts']}")
+        raise ImageTestFailed(
+            f"three volumes and port 8000, got {config['Volumes']} {config['ExposedPorts']}"
+        )
     if config.get("Healthcheck", {}).get("Test", [""])[0] != "CMD":
         raise ImageTestFailed(f"a health check that needs no shell, got {config.get('Healthcheck')}")
     secret = [line.partition("=")[0] for line in config["Env"] if re.search("KEY|TOKEN|PASSWORD", line)]
@@ -361,6 +363,7 @@ mkdir "$0/dev/shm"
 mount -t tmpfs -o mode=1777,size=1g tmpfs "$0/dev/shm"
 mount -t tmpfs -o nosuid,nodev,mode=1777 tmpfs "$0/tmp"
 mount -t tmpfs -o noexec,nosuid,nodev,mode=700,uid="$OWNER",gid="$GROUP" tmpfs "$0/var/cache/zimage-turbo"
+mount -t tmpfs -o noexec,nosuid,nodev,mode=700,uid="$OWNER",gid="$GROUP" tmpfs "$0/var/lib/zimage-turbo"
 mount -o remount,bind,ro "$0"
 exec chroot "$0" setpriv --no-new-privs --bounding-set=-all --reuid="$OWNER" --regid="$GROUP" --clear-groups \
     env -i "$@"

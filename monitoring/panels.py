@@ -214,6 +214,28 @@ SERVICE = Dashboard(
             ),
         ),
         Panel(
+            "Jobs",
+            "short",
+            "Jobs that are kept, by status: queued ones wait, running ones are drawn; the others have ended, "
+            "and are forgotten after `job_seconds`. Every front end tells of the same database.",
+            (Query(f"max by (status) ({metric('zimage_jobs')})", "{{status}}"),),
+        ),
+        Panel(
+            "Oldest waiting job",
+            "s",
+            "How long the job that has waited longest has waited. It grows where the workers cannot keep up, "
+            "or where nobody has the model that it wants.",
+            (Query(f"max({metric('zimage_jobs_oldest_queued_seconds')})", "waits"),),
+        ),
+        Panel(
+            "Webhooks",
+            "short",
+            "Tries to tell other servers of the ends of jobs, in a minute: delivered, again where the "
+            "receiver failed and is told later, given_up where that was the last try.",
+            (Query(f"60 * sum by (outcome) ({rate('zimage_webhook_deliveries_total')})", "{{outcome}}"),),
+            is_stacked=True,
+        ),
+        Panel(
             "Slow requests against the budget",
             "percentunit",
             "The share slower than the objective over one and six hours. Someone is woken above 72 % of an "
@@ -274,6 +296,17 @@ MEMORY = Dashboard(
             "Seconds that the slowest worker's loading took, a download included.",
             (Query(f"max({metric('zimage_model_load_seconds')})", "loading"),),
             is_figure=True,
+        ),
+        Panel(
+            "Models coming and going",
+            "short",
+            "Models of the list that were loaded on demand, those that failed, and those that went for them, "
+            "in an hour; in memory: of the fullest worker. Many an hour: let more stay, or add workers.",
+            (
+                Query(f"3600 * sum by (outcome) ({rate('zimage_model_loads_total')})", "loaded: {{outcome}}"),
+                Query(f"3600 * sum({rate('zimage_model_unloads_total')})", "unloaded"),
+                Query(f"max({metric('zimage_models_in_memory')})", "in memory"),
+            ),
         ),
         Panel(
             "Disk of the models, free",

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serve_app.model_list import ListedModel
 from serve_app.serve_config import check_deployed
 from serve_app.settings import Settings, allocator_environment
 
@@ -148,13 +149,29 @@ def serve_here(settings: Settings, folder: Path, ready: Callable[[], None]) -> N
         try:
             threading.Event().wait()
         finally:
-            _let_pictures_end(settings.drain_seconds)
-            _send_traces(settings)
+            _end_gently(settings)
 
 
-def _let_pictures_end(seconds: float) -> None:
-    """What is under way is drawn to its end before the workers go; KeyboardInterrupt ends that at once."""
-    from serve_app.draining import drain_every_ingress
+def _end_gently(settings: Settings) -> None:
+    """What is under way is drawn to its end before the workers go; KeyboardInterrupt ends that at once.
+
+    Ray ends the ingresses at once, and with them the traces that they have not sent yet: those are sent
+    before. A collector that is away holds up the end for TRACES_SECONDS.
+    """
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    from serve_app.draining import drain_all
+
+    async def asked() -> int:
+        # One event loop for both: before HAProxy a handle works in that of its first call, and nowhere else.
+        ingresses = serve.get_app_handle(APP_NAME)
+        left = await drain_all(ingresses, settings.drain_seconds)
+        if settings.otlp_endpoint is not None:
+            with contextlib.suppress(TimeoutError):
+                sent = ingresses.broadcast("send_traces")
+                await sent.results_async(timeout_s=TRACES_SECONDS, return_exceptions=True)
+        return left
 
     told = threading.Timer(
         TOLD_OF_DRAINING_SECONDS,
@@ -162,31 +179,14 @@ def _let_pictures_end(seconds: float) -> None:
         ["zimage-turbo finishes the pictures that are under way; Ctrl-C once more ends it at once"],
     )
     told.start()
+    left = 0
     try:
-        left = drain_every_ingress(APP_NAME, seconds)
+        with contextlib.suppress(RayServeException):
+            left = asyncio.run(asked())
     finally:
         told.cancel()
     if left:
-        _say(f"zimage-turbo ends with {left} requests unfinished after {seconds:g} s")
-
-
-def _send_traces(settings: Settings) -> None:
-    """Ray ends the ingresses at once, and with them the traces that they have not sent yet: send them before.
-
-    A collector that is away holds up the end for TRACES_SECONDS.
-    """
-    if settings.otlp_endpoint is None:
-        return
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
-    async def asked() -> None:
-        # Before HAProxy a handle works in the event loop that it was made in, and nowhere else.
-        sent = serve.get_app_handle(APP_NAME).broadcast("send_traces")
-        await sent.results_async(timeout_s=TRACES_SECONDS, return_exceptions=True)
-
-    with contextlib.suppress(TimeoutError, RayServeException):
-        asyncio.run(asked())
+        _say(f"zimage-turbo ends with {left} requests unfinished after {settings.drain_seconds:g} s")
 
 
 def gpus_for_a_worker(settings: Settings, gpus_in_reach: Callable[[], int]) -> float:
@@ -217,8 +217,19 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     }
     if settings.api_keys_file is not None:
         absolute["api_keys_file"] = settings.api_keys_file.expanduser().resolve()
+    absolute["models"] = tuple(
+        replace(model, path=_absolute(model.path), base=None if model.base is None else _absolute(model.base))
+        for model in settings.models
+    )
+    if settings.lora_folder is not None:
+        absolute["lora_folder"] = settings.lora_folder.resolve()
     absolute["loras"] = tuple(replace(lora, path=lora.path.resolve()) for lora in settings.loras)
     return settings.model_copy(update=absolute)
+
+
+def _absolute(path_or_id: str) -> str:
+    path = Path(path_or_id).expanduser()
+    return str(path.resolve()) if path.exists() else path_or_id
 
 
 def _check_files(settings: Settings) -> None:
@@ -245,9 +256,37 @@ def _check_files(settings: Settings) -> None:
     for path in here.values():
         locate(path)
     check_loras(settings.loras)
+    if settings.lora_folder is not None and not settings.lora_folder.is_dir():
+        raise InvalidRequest(
+            f"setting lora_folder must be a folder with .safetensors files, and there is none at "
+            f"{settings.lora_folder}",
+            "lora_folder",
+        )
     if "model" in here and here == named:
         beside = {name: path for name, path in here.items() if name != "model"}
         ModelLoaderAdapter(here["model"], settings.family, **beside).check()
+    for model in settings.models:
+        _check_listed(model)
+
+
+def _check_listed(model: ListedModel) -> None:
+    """As `_check_files` for one of the list; the sentence begins with its name."""
+    from zimage_engine import ModelLoaderAdapter
+    from zimage_engine.errors import CheckpointError
+    from zimage_engine.families import family_named
+    from zimage_engine.loading.locate import locate
+
+    try:
+        if model.family is not None:
+            family_named(model.family)
+        named = [path for path in (model.path, model.base) if path is not None]
+        here = [path for path in named if Path(path).exists() or path.count("/") != 1]
+        for path in here:
+            locate(path)
+        if here == named:
+            ModelLoaderAdapter(model.path, model.family, base=model.base).check()
+    except CheckpointError as wrong:
+        raise type(wrong)(f"setting models, {model.name}: {wrong}") from wrong
 
 
 def _say(sentence: str) -> None:

@@ -52,8 +52,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One picture: the name of its file, its line, and the fields that ask for it alone, its seed among
-    them."""
+    """One picture: the name of its file, its line, and the seed that it alone is asked for with."""
 
     file: str
     line: Line
@@ -71,8 +70,7 @@ class Task:
 
 
 #: Draws the picture of a task and returns its file. Raises RequestRefused or EngineError where this one
-#: cannot be
-#: drawn, BatchStopped where none can.
+#: cannot be drawn, BatchStopped where none can.
 Draw = Callable[[Task], bytes]
 
 
@@ -146,6 +144,7 @@ class Manifest:
         self._path = folder / MANIFEST
         #: The last that is known of each picture, by its file's name.
         self.latest: dict[str, dict[str, Any]] = {}
+        self._batch: str | None = None
         if not self._path.exists():
             return
         content = self._path.read_bytes()
@@ -155,6 +154,9 @@ class Manifest:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 record = json.loads(line)
+                if "file" not in record and "batch" in record:
+                    self._batch = str(record["batch"])
+                    continue
                 self.latest[record["file"]] = {**self.latest.get(record["file"], {}), **record}
             except (ValueError, KeyError, TypeError) as error:
                 raise InvalidRequest(
@@ -167,12 +169,23 @@ class Manifest:
         added = list(records)
         if not added:
             return
+        self._append(added)
+        for record in added:
+            self.latest[record["file"]] = {**self.latest.get(record["file"], {}), **record}
+
+    def batch_id(self) -> str:
+        """What tells this folder's pictures from those of the same prompts elsewhere; noted here at first."""
+        if self._batch is None:
+            batch = secrets.token_hex(16)
+            self._append([{"batch": batch}])
+            self._batch = batch
+        return self._batch
+
+    def _append(self, added: Sequence[dict[str, Any]]) -> None:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in added)
         with self._path.open("ab", buffering=0) as file:
             file.write(text.encode("utf-8", "replace"))
             os.fsync(file.fileno())
-        for record in added:
-            self.latest[record["file"]] = {**self.latest.get(record["file"], {}), **record}
 
 
 def plan_tasks(lines: Sequence[Line], manifest: Manifest) -> list[Task]:

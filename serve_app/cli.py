@@ -233,6 +233,24 @@ def launch(
     vae: VaeOption = None,
     family: FamilyOption = None,
     lora: LoraOption = None,
+    lora_folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder whose .safetensors files requests may name as LoRAs; what comes and goes there while"
+            " the server runs is seen (default: none).",
+            show_default=False,
+        ),
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--also",
+            metavar="NAME=PATH_OR_ID",
+            help="Another model, loaded when a request names it. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     offload: OffloadOption = None,
     vram: VramOption = None,
@@ -306,6 +324,8 @@ def launch(
             "vae": vae,
             "family": family,
             "loras": lora or None,
+            "lora_folder": lora_folder,
+            "models": also or None,
             "dtype": dtype,
             "offload": offload,
             "vram": vram,

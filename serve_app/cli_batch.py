@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,8 +12,10 @@ from serve_app.terminal import say
 from zimage_engine.errors import EngineError, InvalidRequest
 
 if TYPE_CHECKING:
-    from serve_app.batch import Draw, Progress, Task
+    from serve_app.batch import Draw, Manifest, Progress, Task
+    from serve_app.openai_schema import ImageGenerationRequest as Wire
     from zimage_engine import Engine
+    from zimage_engine.types import ModelDescription
 
 EXIT_FAILED = 1
 EXIT_INVALID_INPUT = 2
@@ -131,7 +133,7 @@ def _batch(
             left = [task for task in tasks if not (output / task.file).exists()]
             draw: Draw = _nobody
             if left and server is not None:
-                draw = _by_server(server, key)
+                draw = _by_server(left, server, key, manifest)
             elif left:
                 draw = _by_this_process(left, model, loras, device, threads)
             outcome = run(
@@ -167,15 +169,20 @@ def _nobody(task: Task) -> bytes:
     raise AssertionError(f"{task.file} was said to be there")
 
 
-def _by_server(url: str, key: str | None) -> Draw:
+def _by_server(tasks: Sequence[Task], url: str, key: str | None, manifest: Manifest) -> Draw:
+    """Asks the server for each. Raises InvalidRequest where its models, as it tells of them, refuse one."""
     from serve_app.batch import BatchStopped
     from serve_app.remote_drawing import RemoteServer, ServerGivenUp
 
     server = RemoteServer(url, key)
+    cards = server.models()
+    if cards:
+        _check(tasks, lambda wire: _described(wire, cards))
+    batch = manifest.batch_id()
 
     def draw(task: Task) -> bytes:
         try:
-            return server.draw(task.fields)
+            return server.draw(task.fields, f"{batch}/{task.file}")
         except ServerGivenUp as given_up:
             raise BatchStopped(f"{given_up}; run the same command again to go on") from given_up
 
@@ -200,7 +207,7 @@ def _by_this_process(
     )
     say(f"Loading {settings.model or 'the demo model'} ...", only_on_a_terminal=True)
     engine = load_engine(settings)
-    _check(tasks, engine)
+    _check(tasks, lambda wire: _loaded(wire, engine))
 
     def draw(task: Task) -> bytes:
         report = engine.generate(to_engine(task.wire))
@@ -209,21 +216,61 @@ def _by_this_process(
     return draw
 
 
-def _check(tasks: Sequence[Task], engine: Engine) -> None:
+def _check(tasks: Sequence[Task], model_of: Callable[[Wire], ModelDescription | None]) -> None:
     from serve_app.batch import told_by_line
     from serve_app.error_mapping import RequestRefused
-    from serve_app.openai_schema import check_model, to_engine
+    from serve_app.openai_schema import to_engine
     from zimage_engine.sampling.plan import resolve
 
     wrong: dict[int, str] = {}
     for task in tasks:
         try:
-            check_model(task.wire, engine.description)
-            resolve(to_engine(task.wire), engine.description)
+            model = model_of(task.wire)
+            if model is not None:
+                resolve(to_engine(task.wire), model)
         except (InvalidRequest, RequestRefused) as error:
             wrong.setdefault(task.line.number, str(error))
     if wrong:
         raise InvalidRequest(told_by_line(list(wrong.items())))
+
+
+def _loaded(wire: Wire, engine: Engine) -> ModelDescription:
+    from serve_app.openai_schema import check_model
+
+    check_model(wire, engine.description)
+    return engine.description
+
+
+def _described(wire: Wire, cards: Sequence[Mapping[str, Any]]) -> ModelDescription | None:
+    """The model that draws it, as the server tells of it, the default one first; None where it tells too
+    little."""
+    from serve_app.openai_schema import MODEL_ALIASES
+    from zimage_engine.types import ModelDescription
+
+    names = {name: card for card in cards for name in (card.get("id"), *(card.get("aliases") or ()))}
+    default = dict.fromkeys((None, *MODEL_ALIASES), cards[0])
+    card = {**default, **names}.get(wire.model)
+    if card is None:
+        known = ", ".join(repr(each.get("id")) for each in cards)
+        raise InvalidRequest(f"There is no model {wire.model!r} on the server; it has {known}.", "model")
+    try:
+        width, _, height = card["native_size"].partition("x")
+        return ModelDescription(
+            id=card["id"],
+            family=card["family"],
+            device="",
+            dtype=card["dtype"],
+            native_width=int(width),
+            native_height=int(height),
+            size_multiple=card["size_multiple"],
+            default_steps=card["default_steps"],
+            default_guidance_scale=card["default_guidance"],
+            token_limit=0,
+            max_side=card["max_side"],
+            max_steps=card["max_steps"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _tell(progress: Progress) -> None:

@@ -25,6 +25,8 @@ OPTION_OF_SETTING: Mapping[str, str] = {
     "text_encoder": "--text-encoder",
     "vae": "--vae",
     "loras": "--lora",
+    "lora_folder": "--lora-folder",
+    "models": "--also",
     "dtype": "--dtype",
     "offload": "--offload",
     "vram": "--vram",

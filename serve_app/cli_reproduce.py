@@ -1,11 +1,10 @@
-"""`zimage-turbo reproduce`: draws a picture again from the receipt in its file, and says whether it is
-the same."""
+"""`zimage-turbo reproduce`: draws a picture again from its receipt, and says whether it is the same."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +31,7 @@ def reproduce(
             "--model",
             "-m",
             metavar="PATH_OR_ID",
-            help="Where the model is (default: the receipt's, if it is the demo or on the hub).",
+            help="Where the model is (default: the receipt's, if it is the demo or in the hub's cache).",
             show_default=False,
         ),
     ] = None,
@@ -82,9 +81,8 @@ def reproduce(
     """Draw a picture again from its receipt, and say whether every pixel is the same.
 
     If not, it says which of model, LoRAs, settings, device and versions are others than then. Further
-    settings
-    are read as by `launch` (ZIMAGE_OFFLOAD, ZIMAGE_VRAM ...). Exit codes: 0 identical, 1 it differs, 2 it
-    cannot be drawn from this file.
+    settings are read as by `launch` (ZIMAGE_OFFLOAD, ZIMAGE_VRAM ...). Exit codes: 0 identical; 1 it differs,
+    or a JPEG or WebP tells too little to compare; 2 it cannot be drawn from this file.
     """
     from serve_app.settings import SettingsError
 
@@ -117,11 +115,16 @@ def _reproduce(
     request = given.request(None if image is None else _source(image, mask, receipt))
     from serve_app.image_codec import ImageEncoding, encode, facts_of
     from serve_app.local_engine import load_engine
+    from serve_app.receipt import loras_of
     from serve_app.settings import load_settings
 
+    # Where there is a folder of LoRAs, the receipt's names are looked up there.
+    has_folder = load_settings().lora_folder is not None
+    if has_folder and not loras:
+        request = replace(request, loras=loras_of(receipt))
     settings = load_settings(
         model=model if model is not None else _model_of(receipt),
-        loras=_loras_of(receipt, loras),
+        loras=_loras_of(receipt, loras) if loras or not has_folder else [],
         device=device or _device_of(receipt),
         dtype=dtype or receipt.get("dtype"),
         quantize=receipt.get("quantize"),
@@ -156,8 +159,13 @@ def _source(image: Path, mask: Path | None, receipt: Mapping[str, Any]) -> Sourc
 
 
 def _model_of(receipt: Mapping[str, Any]) -> str | None:
-    """Where the receipt's model can be found without asking: the demo (None), or the hub at its commit."""
+    """Where the receipt's model can be found without asking: the demo (None), or the hub at its commit.
+
+    A picture may come from anybody: it chooses no folder of this machine, and has nothing downloaded. Raises
+    InvalidRequest, and CheckpointNotFound where the hub's model is not in the cache.
+    """
     from zimage_engine.engine import DEMO_MODEL_ID
+    from zimage_engine.loading.locate import is_hub_id, locate
 
     model = receipt.get("model")
     name = model.get("id") if isinstance(model, Mapping) else None
@@ -165,13 +173,18 @@ def _model_of(receipt: Mapping[str, Any]) -> str | None:
         raise InvalidRequest("the receipt names no model; say with --model where it is", "model")
     if name == DEMO_MODEL_ID:
         return None
-    if "/" not in name:
+    revision = model.get("revision")
+    if "@" not in name and isinstance(revision, str):
+        name = f"{name}@{revision}"
+    # A folder of that name would be taken before the hub's model.
+    if not is_hub_id(name) or Path(name).exists():
         raise InvalidRequest(
-            f"the picture was drawn by {name!r}, a model from a folder or file; say with --model where it is",
+            f"the picture was drawn by {name[:200]!r}, a model from a folder or file; say with --model where "
+            "it is",
             "model",
         )
-    revision = model.get("revision")
-    return name if "@" in name or not isinstance(revision, str) else f"{name}@{revision}"
+    locate(name, fetch=False)
+    return name
 
 
 def _loras_of(receipt: Mapping[str, Any], given: list[str]) -> list[str]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.error_mapping import SERVER, ErrorAnswer
 from serve_app.routes.answers import refusal
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
 #: Where new pictures come from: the API, and the page's queue.
 DRAWING = ("/v1/", "/gradio_api/queue/join")
@@ -44,7 +45,12 @@ class Draining:
         """`in_flight` tells the requests for pictures that are under way whichever way they came."""
         self.is_on = False
         self._in_flight = in_flight
+        self._others: list[tuple[Callable[[], None], Callable[[], Awaitable[None]]]] = []
         self._unanswered = 0
+
+    def also(self, at_begin: Callable[[], None], at_end: Callable[[], Awaitable[None]]) -> None:
+        """Call these when draining begins, and when it has ended, whatever is left then."""
+        self._others.append((at_begin, at_end))
 
     @property
     def under_way(self) -> int:
@@ -54,11 +60,16 @@ class Draining:
     async def drain(self, seconds: float) -> int:
         """From now on nothing new; returns when nothing is under way, or how much is after `seconds`."""
         self.is_on = True
+        for at_begin, _ in self._others:
+            at_begin()
         deadline = time.monotonic() + seconds
         while self.under_way and time.monotonic() < deadline:
             await asyncio.sleep(LOOK_SECONDS)
         await asyncio.sleep(LAST_BYTES_SECONDS)
-        return self.under_way
+        left = self.under_way
+        for _, at_end in self._others:
+            await at_end()
+        return left
 
     def before(self, app: ASGIApp) -> ASGIApp:
         """The app behind this."""
@@ -93,21 +104,14 @@ class Draining:
             self._unanswered -= 1
 
 
-def drain_every_ingress(app_name: str, seconds: float) -> int:
+async def drain_all(ingresses: DeploymentHandle, seconds: float) -> int:
     """From another process: every ingress drains at once; how much is left after `seconds`, mostly 0.
 
-    An ingress that does not answer holds nothing up for longer. KeyboardInterrupt ends it at once.
+    An ingress that does not answer holds nothing up for longer.
     """
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
-    async def asked() -> int:
-        # Before HAProxy a handle works in the event loop that it was made in, and nowhere else.
-        drained = serve.get_app_handle(app_name).broadcast("drain", seconds)
-        longest = seconds + 2 * LAST_BYTES_SECONDS + 1
+    drained = ingresses.broadcast("drain", seconds)
+    longest = seconds + 2 * LAST_BYTES_SECONDS + 1
+    with contextlib.suppress(TimeoutError):
         left = await drained.results_async(timeout_s=longest, return_exceptions=True)
         return sum(each for each in left if isinstance(each, int))
-
-    with contextlib.suppress(TimeoutError, RayServeException):
-        return asyncio.run(asked())
     return 0

@@ -5,6 +5,7 @@ Knows no routes, and of pictures only that they are there.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -55,6 +56,7 @@ VARIATION_FIELDS = (
     "strength",
     "num_inference_steps",
     "seed",
+    "loras",
     "receipt",
 )
 
@@ -116,6 +118,9 @@ def form_in_docs(fields: Collection[str], files: Mapping[str, str]) -> dict[str,
     """The form as a schema: texts, and files with what is said of them; the first file is needed."""
     whole = ImageEditRequest.model_json_schema()
     texts = {name: _without_null(whole["properties"][name]) for name in fields}
+    if "loras" in texts:
+        told = f'{texts["loras"]["description"]} Here as JSON, such as ["style=0.8"].'
+        texts["loras"] = {"type": "string", "description": told}
     needed = [next(iter(files)), *(name for name in whole["required"] if name in fields)]
     binary = {
         name: {"type": "string", "format": "binary", "description": said} for name, said in files.items()
@@ -151,7 +156,18 @@ def _value(name: str, text: str) -> Any:
         return float(stripped)
     if name in _TRUE_OR_FALSE:
         return _TRUTHS.get(stripped.lower(), text)
+    if name == "loras":
+        return _listed(text)
     return text
+
+
+def _listed(text: str) -> Any:
+    """A list in JSON; what is none stays text, and is refused as that."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, list) else text
 
 
 def _files(form: Form, known: tuple[str, ...], texts: Collection[str]) -> dict[str, list[bytes]]:

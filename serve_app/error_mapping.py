@@ -16,7 +16,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 from starlette.requests import ClientDisconnect
 
+from serve_app.model_list import ModelLoadFailed
 from serve_app.queueing import CallerLimited, QueueFull
+from serve_app.results import ResultUnreachable
 from zimage_engine.errors import (
     DeadlineExceeded,
     DeviceFailed,
@@ -116,6 +118,7 @@ class ErrorAnswer:
 ROWS: dict[type[BaseException], ErrorRow] = {
     InvalidRequest: ErrorRow(400, INVALID, "invalid_value"),
     ModelNotReady: ErrorRow(503, SERVER, "model_not_ready", headers={"Retry-After": "5"}),
+    ModelLoadFailed: ErrorRow(503, SERVER, "model_load_failed"),
     WorkerLost: ErrorRow(503, SERVER, "worker_lost", headers={"Retry-After": "15"}),
     RequestKillsWorkers: ErrorRow(422, INVALID, "request_kills_workers"),
     RayActorError: ErrorRow(
@@ -164,6 +167,13 @@ ROWS: dict[type[BaseException], ErrorRow] = {
         "The devices of several workers failed while they drew this picture; those workers are being "
         "replaced. Send the request again later.",
         {"Retry-After": "30"},
+    ),
+    ResultUnreachable: ErrorRow(
+        503,
+        SERVER,
+        "files_unavailable",
+        "The place where finished pictures are kept does not answer at the moment; ask again.",
+        {"Retry-After": "10"},
     ),
     EngineError: ErrorRow(500, SERVER, "engine_error"),
     Exception: ErrorRow(500, SERVER, "internal_error"),

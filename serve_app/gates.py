@@ -46,7 +46,7 @@ DRAINED_BYTES = 32 * 2**20
 DRAIN_SECONDS = 5.0
 
 #: The paths for which a key with the scope to read is enough, and those below the ones that end in a slash.
-READ_PATHS = ("/metrics", "/docs", "/openapi.json", "/v1/models")
+READ_PATHS = ("/metrics", "/docs", "/openapi.json", "/v1/models", "/v1/loras")
 READ_BELOW = ("/v1/models/",)
 ADMIN_BELOW = "/-/"
 

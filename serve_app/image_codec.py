@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FileFormat = Literal["png", "jpeg", "webp"]
+#: As Pillow calls them: its readers of all other formats are never asked about a file that was sent.
+PILLOW_FORMATS = ("PNG", "JPEG", "WEBP")
 
 _PNG_KEY = "parameters"
 _PNG_RECEIPT_KEY = "zimage-turbo"
@@ -156,7 +158,7 @@ def read_parameters(content: bytes) -> str | None:
     """
     from PIL import Image
 
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
         text = image.info.get(_PNG_KEY)
         if text is not None:
             return str(text)
@@ -171,9 +173,10 @@ def read_receipt(content: bytes) -> dict[str, Any] | None:
     """
     from PIL import Image
 
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
         text = image.info.get(_PNG_RECEIPT_KEY) or image.info.get("comment")
-        if text is None:
+        # Of a PNG it would unpack the whole picture, and none of ours has it there.
+        if text is None and image.format != "PNG":
             text = image.getexif().get_ifd(_EXIF_IFD).get(_MAKER_NOTE)
     try:
         receipt = json.loads(text) if text else None

@@ -23,7 +23,19 @@ from serve_app.logs import log_to_terminal
 from serve_app.metrics import ServerMetrics
 from serve_app.replica import own_deployment, replica_name
 from serve_app.results import ResultStore
-from serve_app.routes import docs, edits, files, images, jobs, models, prompts, reproduce, status, unknown
+from serve_app.routes import (
+    docs,
+    edits,
+    files,
+    images,
+    jobs,
+    loras,
+    models,
+    prompts,
+    reproduce,
+    status,
+    unknown,
+)
 from serve_app.service import ImageService
 from serve_app.settings import Settings
 from serve_app.tracing import Tracing, tracing_of
@@ -70,11 +82,12 @@ def build_asgi_app(
     app.state.service = service
     app.state.results = ResultStore(settings.results_place, settings.result_seconds, settings.result_bytes)
     app.state.jobs = JobDesk(service, settings, app.state.results)
-    for routes in (docs, files, edits, images, jobs, models, prompts, reproduce, status, unknown):
+    for routes in (docs, files, edits, images, jobs, loras, models, prompts, reproduce, status, unknown):
         app.include_router(routes.router)
     needs_key = settings.api_key is not None or settings.api_keys_file is not None
     docs.describe_gates(app, (*status.OPEN_PATHS, files.FILE_PATH), needs_key)
     if draining is not None:
+        draining.also(app.state.jobs.hold, app.state.jobs.close)
         app.add_middleware(draining.before)
     add_gates(app, settings, tracing, keys)
     if settings.ui:

@@ -25,6 +25,7 @@ def load_engine(settings: Settings) -> Engine:
         text_encoder=settings.text_encoder,
         vae=settings.vae,
         loras=settings.loras,
+        lora_folder=settings.lora_folder,
         dtype=settings.dtype,
         memory=settings.memory,
         embedding_cache_bytes=settings.embedding_cache,

@@ -35,6 +35,11 @@ class Losses:
     handovers: int = 0
 
     @property
+    def any(self) -> bool:
+        """Whether a worker was lost at all: from then on it is asked of each whether it had begun."""
+        return bool(self.deaths or self.device_failures or self.handovers)
+
+    @property
     def are_its_own_doing(self) -> bool:
         """Whether it is taken to be what ends the workers."""
         return self.deaths >= DEATHS
@@ -105,6 +110,8 @@ class RefusedRequests:
             plan.refine,
             len(plan.seeds),
             request.enhance,
+            request.model,
+            request.loras,
         )
         digest = blake2b(repr(drawn_from).encode("utf-8", "backslashreplace"), key=self._key)
         source = request.image

@@ -91,6 +91,7 @@ OUTCOMES = (
     "model_not_found",
     "client_closed_request",
     "model_not_ready",
+    "model_load_failed",
     "worker_lost",
     "request_kills_workers",
     "deadline_exceeded",
@@ -101,6 +102,7 @@ OUTCOMES = (
     "device_unavailable",
     "device_failed",
     "engine_error",
+    "files_unavailable",
     "internal_error",
 )
 STAGES = ("enhance", "encode", "denoise", "decode", "refine", "encode_file", "total")
@@ -108,6 +110,7 @@ WARNINGS = (
     "size_outside_range",
     "source_scaled",
     "source_cut",
+    "strength_raised",
     "num_inference_steps_outside_range",
     "guidance_scale_outside_range",
     "prompt_truncated",
@@ -121,6 +124,7 @@ WARNINGS = (
     "picture_black_borders",
     "picture_blocks",
     "picture_noise",
+    "result_not_kept",
 )
 GUARDED = ("encode", "source", "denoise", "decode", "picture")
 RUNGS = ("same_inputs", "lower_guidance", "plain_attention", "float32", "rest_float32", "tiled")
@@ -130,7 +134,10 @@ DEFRAGS = ("empty_cache", "deep")
 OOM_STAGES = ("encode", "denoise", "decode")
 OOM_OUTCOMES = ("freed", "leaner", "tiled", "refused")
 PROMPT_LOOKUPS = ("hit", "miss")
+JOB_STATUSES = ("queued", "running", "done", "failed", "cancelled")
+DELIVERIES = ("delivered", "again", "given_up")
 OFFLOAD_MODES = ("none", "model", "stream", "sequential", "disk")
+MODEL_LOADS = ("ok", "failed")
 
 
 @dataclass(frozen=True)
@@ -249,6 +256,29 @@ SERVER_ROWS = (
         "Workers whose device failed while it drew: a kernel's fault, memory that cannot be corrected, a "
         "driver that is gone. Each is replaced.",
     ),
+    MetricRow(
+        "zimage_jobs",
+        Gauge,
+        "jobs",
+        "Jobs that are kept, by status; of the database, so that each ingress on it tells the same. Absent "
+        "until it was asked.",
+        {"status": JOB_STATUSES},
+    ),
+    MetricRow(
+        "zimage_jobs_oldest_queued_seconds",
+        Gauge,
+        "seconds",
+        "How long the job that has waited longest has waited, 0 where none waits. Of the database too.",
+    ),
+    MetricRow(
+        "zimage_webhook_deliveries",
+        Counter,
+        "tries",
+        "Tries to tell of a job's end by webhook: delivered, again where it failed and is tried later, "
+        "given_up where it was the last.",
+        {"outcome": DELIVERIES},
+        starts_at_zero=True,
+    ),
     MetricRow("zimage_workers_wanted", Gauge, "workers", "Image workers that the settings ask for."),
     MetricRow(
         "zimage_build_info", Gauge, "1", "Always 1; the version is in the label.", {"version": ONE_VALUE}
@@ -264,14 +294,28 @@ WORKER_ROWS = (
         "zimage_worker_model_info",
         Gauge,
         "1",
-        "Always 1; what the worker loaded is in the labels.",
+        "Always 1; what the worker has in memory is in the labels, one series a model.",
         {"model": ONE_VALUE, "family": ONE_VALUE, "device": ONE_VALUE, "dtype": ONE_VALUE},
     ),
     MetricRow(
         "zimage_model_load_seconds",
         Gauge,
         "seconds",
-        "Seconds that loading the model took, a download and repairs included.",
+        "Seconds that loading the last model took, a download and repairs included.",
+    ),
+    MetricRow(
+        "zimage_models_in_memory", Gauge, "models", "Models that the worker has in memory at the moment."
+    ),
+    MetricRow(
+        "zimage_model_loads",
+        Counter,
+        "loads",
+        "Models of the list that were loaded on demand, by outcome: ok, or failed.",
+        {"outcome": MODEL_LOADS},
+        starts_at_zero=True,
+    ),
+    MetricRow(
+        "zimage_model_unloads", Counter, "unloads", "Models that went so that another had their place."
     ),
     MetricRow("zimage_model_repairs", Gauge, "repairs", "Repairs that the checkpoint needed to be loaded."),
     MetricRow(
@@ -355,6 +399,8 @@ class MemoryFigures:
     defrags: Mapping[str, int] = field(default_factory=dict)
     defrag_seconds: float = 0.0
     ooms: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    model_loads: Mapping[str, int] = field(default_factory=dict)
+    model_unloads: int = 0
 
 
 class _Table:
@@ -408,6 +454,10 @@ class _Table:
         metric = self._of(name, labels)
         assert isinstance(metric, Gauge)
         metric.set(value)
+
+    def forget(self, name: str) -> None:
+        """No series of it until it is set again."""
+        self._metrics[name].clear()
 
     def add(self, name: str, value: float) -> None:
         metric = self._of(name, ())
@@ -487,6 +537,10 @@ class ServerMetrics:
         for notice in report.warnings + tuple(w for picture in report.pictures for w in picture.warnings):
             table.count("zimage_warnings", notice.code)
 
+    def record_result_not_kept(self) -> None:
+        """A picture that was asked for as url could not be kept, and was answered itself."""
+        self._table.count("zimage_warnings", "result_not_kept")
+
     def record_failure(self, outcome: str, trips: Iterable[GuardTrip] = ()) -> None:
         """A request ended without pictures; `outcome` is one of OUTCOMES."""
         self._table.count("zimage_requests", outcome)
@@ -506,6 +560,16 @@ class ServerMetrics:
         """A worker's device failed under a request."""
         self._table.count("zimage_device_failures")
 
+    def show_jobs(self, by_status: Mapping[str, int], oldest_queued_seconds: float) -> None:
+        """What is in the database of jobs; a status that is not there has none."""
+        for status in JOB_STATUSES:
+            self._table.set("zimage_jobs", by_status.get(status, 0), status)
+        self._table.set("zimage_jobs_oldest_queued_seconds", oldest_queued_seconds)
+
+    def record_delivery(self, outcome: str) -> None:
+        """A webhook was sent, or it was tried; `outcome` is one of DELIVERIES."""
+        self._table.count("zimage_webhook_deliveries", outcome)
+
 
 class WorkerMetrics:
     """One worker's numbers."""
@@ -518,16 +582,18 @@ class WorkerMetrics:
         table = self._table
         table.set("zimage_worker_up", 1)
         table.set("zimage_worker_busy", 0)
-        table.set("zimage_model_load_seconds", load_seconds)
         table.set("zimage_model_repairs", repairs)
-        table.set(
-            "zimage_worker_model_info",
-            1,
-            description.id,
-            description.family,
-            description.device,
-            description.dtype,
-        )
+        self.set_models([description], load_seconds)
+
+    def set_models(self, models: Iterable[ModelDescription], load_seconds: float) -> None:
+        """Those that are in memory now, and what loading the last of them took."""
+        there = list(models)
+        table = self._table
+        table.set("zimage_model_load_seconds", load_seconds)
+        table.set("zimage_models_in_memory", len(there))
+        table.forget("zimage_worker_model_info")
+        for model in there:
+            table.set("zimage_worker_model_info", 1, model.id, model.family, model.device, model.dtype)
 
     def set_busy(self, busy: bool) -> None:
         self._table.set("zimage_worker_busy", float(busy))
@@ -561,6 +627,9 @@ class WorkerMetrics:
         table.count_up_to("zimage_defrag_seconds", figures.defrag_seconds)
         for (stage, outcome), events in figures.ooms.items():
             table.count_up_to("zimage_oom", events, stage, outcome)
+        for outcome, loads in figures.model_loads.items():
+            table.count_up_to("zimage_model_loads", loads, outcome)
+        table.count_up_to("zimage_model_unloads", figures.model_unloads)
         for kind, size in zip(("free", "total"), store_bytes or (), strict=False):
             table.set("zimage_store_bytes", size, kind)
         return table.text()

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -82,7 +83,8 @@ def _sentence_on(told: str) -> str:
 
 def _check_headers(request: Request) -> None:
     announced = request.headers.get("content-type", "")
-    if announced.partition(";")[0].strip().lower() != "multipart/form-data":
+    media_type, options = parse_options_header(announced)
+    if media_type.strip().lower() != b"multipart/form-data":
         raise RequestRefused(
             f"Content-Type must be multipart/form-data, got {announced[:100] or 'none'}; send the picture as "
             "the file 'image' of a form.",
@@ -90,6 +92,10 @@ def _check_headers(request: Request) -> None:
             "unsupported_media_type",
             415,
         )
+    # The parser would take any that Python has, some of which raise, or take long, for every text.
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8"):
+        _refuse(f"The form announces charset {charset[:60]!r}; send its texts in utf-8.")
     if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
         raise RequestRefused(
             f"Content-Encoding {coding[:100]} is not read here; send the body uncompressed.",

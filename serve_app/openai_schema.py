@@ -14,22 +14,34 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NoReturn, Protocol, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from serve_app.error_mapping import RequestRefused
 from serve_app.image_codec import ImageEncoding, read_receipt
-from zimage_engine.types import GenerationReport, GenerationRequest, ModelDescription, Notice
+from serve_app.model_list import DEFAULT_NAMES, ModelState, State
+from zimage_engine.loading.lora_choice import MOST_LORAS
+from zimage_engine.types import (
+    GenerationReport,
+    GenerationRequest,
+    LoraChoice,
+    LoraOffer,
+    ModelDescription,
+    Notice,
+)
 
 #: OpenAI's own limit for its image models; what the model reads of it is its token limit.
 PROMPT_CHARACTERS = 32_000
 PICTURES = 10
 PARTIAL_IMAGES = 3
+#: Beyond this a weight draws nothing but noise.
+LORA_WEIGHT = 10
+LORA_NAME_CHARACTERS = 300
 #: A picture of the usage: one token stands for this many pixels a side.
 TOKEN_SIDE_PX = 16
-#: Names that always mean the loaded model, for clients that must send some name.
-MODEL_ALIASES = ("zimage-turbo", "default")
+#: Names that always mean the default model, for clients that must send some name.
+MODEL_ALIASES = DEFAULT_NAMES
 
 #: For the document: what the sentences below and the engine's refuse, as far as a schema can tell it.
 _WITHOUT_NULL: dict[str, Any] = {"pattern": r"^[^\x00]*$"}
@@ -41,6 +53,13 @@ _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 #: The checked form of one route's body.
 Wire = TypeVar("Wire", bound="ImageGenerationRequest")
 Checked = TypeVar("Checked", bound=BaseModel)
+
+
+#: Of a picture that was asked for as url and is lost to nobody all the same.
+NOT_KEPT = Notice(
+    "result_not_kept",
+    "The picture could not be kept on the server for its url, so it is in this answer as b64_json.",
+)
 
 
 class Link(Protocol):
@@ -69,6 +88,35 @@ QUALITIES: dict[str, Quality] = {
 }
 
 
+class RequestedLora(BaseModel):
+    """A LoRA to draw with, by a name of GET /v1/loras."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str = Field(min_length=1, max_length=LORA_NAME_CHARACTERS)
+    weight: float = Field(
+        1.0,
+        ge=-LORA_WEIGHT,
+        le=LORA_WEIGHT,
+        allow_inf_nan=False,
+        description="1 is as trained, 0 not at all, below 0 the other way.",
+    )
+
+
+#: Its schema stands in place: the document of the API has no room for definitions beside a body.
+LoraWish = Annotated[
+    RequestedLora | Annotated[str, Field(min_length=1, max_length=LORA_NAME_CHARACTERS)],
+    WithJsonSchema(
+        {
+            "anyOf": [
+                RequestedLora.model_json_schema(),
+                {"type": "string", "minLength": 1, "maxLength": LORA_NAME_CHARACTERS},
+            ]
+        }
+    ),
+]
+
+
 class ImageGenerationRequest(BaseModel):
     """The body of `POST /v1/images/generations`. Null is the same as left out."""
 
@@ -83,7 +131,8 @@ class ImageGenerationRequest(BaseModel):
     )
     model: str | None = Field(
         None,
-        description="The id that /v1/models tells, or zimage-turbo or default; null: the loaded model.",
+        description="An id or alias that /v1/models tells, or zimage-turbo or default; null: the default "
+        "model.",
         json_schema_extra=_WITHOUT_NULL,
     )
     n: int | None = Field(None, ge=1, le=PICTURES, description="How many pictures, 1 to 10; null: 1.")
@@ -155,6 +204,13 @@ class ImageGenerationRequest(BaseModel):
     refine: bool | None = Field(
         None, description="Strengthen fine detail of the finished picture; null: where enhance is on."
     )
+    loras: list[LoraWish] | None = Field(
+        None,
+        max_length=MOST_LORAS,
+        description="LoRAs to draw with, up to 8: names of GET /v1/loras, each as an object with name and "
+        "weight, or as text, NAME or NAME=WEIGHT. They take the place of those that the server was started "
+        "with: null, those; [], none. All n pictures are drawn with them.",
+    )
     receipt: bool | None = Field(
         None,
         description="Tell in the answer too how each picture was made, as its file does; null: false.",
@@ -210,7 +266,10 @@ class InputTokens(BaseModel):
 
 
 class Usage(BaseModel):
-    """OpenAI's account: tokens of the prompts that were read, and one for each 16x16 pixels drawn."""
+    """OpenAI's account: tokens of the prompts that were read, and one for each 16x16 pixels drawn.
+
+    An edit's picture is read in the size that is drawn, and counts as much once.
+    """
 
     input_tokens: int
     input_tokens_details: InputTokens
@@ -254,20 +313,38 @@ class ErrorResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One entry of `GET /v1/models`: OpenAI's fields, then what a client needs to ask well."""
+    """One entry of `GET /v1/models`: OpenAI's fields, then what a client needs to ask well.
+
+    What is null is not known before the model was loaded once.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    family: str
-    native_size: str
-    size_multiple: int
-    default_steps: int
-    default_guidance: float
-    dtype: str
+    #: Other names that requests may use.
+    aliases: list[str] = []
+    #: ready, loading, not_loaded (it is loaded when a request names it), or failed.
+    state: State = "ready"
+    #: While it is loading, the part of its files that has been read, 0 to 1, where that is known.
+    progress: float | None = None
+    #: Why it could not be loaded, and in how many seconds it is tried again at the earliest.
+    reason: str | None = None
+    retry_seconds: float | None = None
+    family: str | None
+    native_size: str | None
+    size_multiple: int | None
+    #: The longest side and the most steps that a request may ask for.
+    max_side: int | None = None
+    max_steps: int | None = None
+    default_steps: int | None
+    default_guidance: float | None
+    dtype: str | None
     #: Why, where the program chose it; "" where it is the model's own or was asked for.
     dtype_because: str = ""
+    #: 32 hex digits of the content of its files, and the commit where they came from a hub.
+    digest: str | None = None
+    revision: str | None = None
 
 
 class ModelList(BaseModel):
@@ -275,6 +352,49 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class LoraCard(BaseModel):
+    """One entry of `GET /v1/loras`: a LoRA that requests can name, or why they cannot."""
+
+    #: What requests name it by.
+    name: str
+    object: Literal["lora"] = "lora"
+    #: Whether the model takes it; `reason` says why not.
+    fits: bool
+    reason: str | None = None
+    #: The families that take it, of the model that was asked about.
+    families: list[str]
+    #: What its tensors' names and sizes tell.
+    made_for: str
+    size_bytes: int
+    #: 32 hex digits of its content, as in receipts.
+    digest: str
+    #: The author's words, where the file has them.
+    trigger_words: list[str]
+    usage_hint: str
+
+
+class LoraList(BaseModel):
+    """`GET /v1/loras`."""
+
+    object: Literal["list"] = "list"
+    data: list[LoraCard]
+
+
+def to_lora_card(offer: LoraOffer, family: str) -> LoraCard:
+    """A LoRA as clients list it; `family` is that of the model that it was looked at for."""
+    return LoraCard(
+        name=offer.name,
+        fits=not offer.refusal,
+        reason=offer.refusal or None,
+        families=[] if offer.refusal else [family],
+        made_for=offer.made_for,
+        size_bytes=offer.size_bytes,
+        digest=offer.digest,
+        trigger_words=list(offer.trigger_words),
+        usage_hint=offer.usage_hint,
+    )
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -361,20 +481,22 @@ def _is_whole(value: Any) -> bool:
 
 def check_model(wire: ImageGenerationRequest, description: ModelDescription) -> None:
     """Raise RequestRefused (404) where another model is asked for than the one that is loaded."""
-    if wire.model is not None and not is_loaded_model(wire.model, description):
+    if wire.model is not None and not is_default_model(wire.model, description):
         refuse_model(wire.model, description)
 
 
-def is_loaded_model(name: str, description: ModelDescription) -> bool:
-    """Whether `name` is the loaded model's id or one of the names that always mean it."""
+def is_default_model(name: str, description: ModelDescription) -> bool:
+    """Whether `name` is the default model's id or one of the names that always mean it."""
     return name == description.id or name in MODEL_ALIASES
 
 
-def refuse_model(name: str, description: ModelDescription) -> NoReturn:
-    """The 404 of OpenAI's API for a model that is not there."""
+def refuse_model(name: str, description: ModelDescription, others: Sequence[str] = ()) -> NoReturn:
+    """The 404 of OpenAI's API for a model that is not there; `others` are those beside the default one."""
+    listed = f"; others are {', '.join(map(repr, others))}" if others else ""
+    which = "the default one" if others else "the loaded one"
     _refuse(
-        f"There is no model {_shown(name)} here; the loaded one is '{description.id}' "
-        f"(or use '{MODEL_ALIASES[0]}', or leave model out).",
+        f"There is no model {_shown(name)} here; {which} is '{description.id}' "
+        f"(or use '{MODEL_ALIASES[0]}', or leave model out){listed}.",
         "model",
         "model_not_found",
         status=404,
@@ -396,7 +518,33 @@ def to_engine(wire: ImageGenerationRequest, enhance_by_default: bool = True) -> 
         n=_first(wire.n, 1),
         enhance=_first(wire.enhance, enhance_by_default),
         refine=wire.refine,
+        loras=to_choices(wire),
+        model=wire.model,
     )
+
+
+def to_choices(wire: ImageGenerationRequest) -> tuple[LoraChoice, ...] | None:
+    """The LoRAs in the engine's words; None where the request says nothing of them. Raises RequestRefused."""
+    return None if wire.loras is None else tuple(map(_lora_choice, wire.loras))
+
+
+def _lora_choice(wanted: RequestedLora | str) -> LoraChoice:
+    if isinstance(wanted, RequestedLora):
+        return LoraChoice(wanted.name, wanted.weight)
+    name, equals, tail = wanted.rpartition("=")
+    try:
+        weight = float(tail) if equals and name else None
+    except ValueError:
+        weight = None
+    if weight is None:
+        return LoraChoice(wanted)
+    if not -LORA_WEIGHT <= weight <= LORA_WEIGHT:
+        _refuse(
+            f"loras must have weights from {-LORA_WEIGHT} to {LORA_WEIGHT}, got {_shown(wanted)}; 1 is as "
+            "trained.",
+            "loras",
+        )
+    return LoraChoice(name, weight)
 
 
 def to_encoding(wire: ImageGenerationRequest) -> ImageEncoding:
@@ -409,14 +557,15 @@ def to_response(
     encoding: ImageEncoding,
     pictures: tuple[bytes, ...],
     report: GenerationReport,
-    links: Sequence[Link] | None = None,
+    links: Sequence[Link | None] | None = None,
     *,
     count_tokens: Callable[[str], int],
 ) -> dict[str, Any]:
     """The body of `ImagesResponse` as plain values: building models of megabytes would only cost time.
 
     `count_tokens` counts a text's tokens as the model does, for the usage.
-    With `links`, one for each picture, it tells them and not the pictures.
+    With `links`, one for each picture, it tells them and not the pictures; the picture itself, and a warning,
+    where there is None because it could not be kept.
     """
     return {
         "created": int(time.time()),
@@ -434,7 +583,10 @@ def to_response(
                 "guidance": report.guidance_scale,
                 "seconds": round(made.seconds, 3),
                 "refined": made.refine_seconds > 0,
-                "warnings": [_warning(notice) for notice in report.warnings + made.warnings],
+                "warnings": [
+                    _warning(notice)
+                    for notice in (*report.warnings, *made.warnings, *_not_kept(links, number))
+                ],
                 "loras": [asdict(lora) for lora in report.loras],
                 **_edit(report),
                 **({"receipt": read_receipt(picture)} if wire.receipt else {}),
@@ -455,11 +607,13 @@ def _usage(report: GenerationReport, count_tokens: Callable[[str], int]) -> dict
     text_tokens = sum(count_tokens(text) for text in read)
     tokens_a_picture = -(-report.width // TOKEN_SIDE_PX) * -(-report.height // TOKEN_SIDE_PX)
     drawn_tokens = tokens_a_picture * len(report.pictures)
+    # The source is read in the size that is drawn, once for all pictures.
+    image_tokens = 0 if report.edit is None else tokens_a_picture
     return {
-        "input_tokens": text_tokens,
-        "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": 0},
+        "input_tokens": text_tokens + image_tokens,
+        "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": image_tokens},
         "output_tokens": drawn_tokens,
-        "total_tokens": text_tokens + drawn_tokens,
+        "total_tokens": text_tokens + image_tokens + drawn_tokens,
     }
 
 
@@ -469,25 +623,52 @@ def _edit(report: GenerationReport) -> dict[str, Any]:
     return {"strength": report.edit.strength, "steps_run": report.edit.steps_run}
 
 
+def _not_kept(links: Sequence[Link | None] | None, number: int) -> tuple[Notice, ...]:
+    return (NOT_KEPT,) if links is not None and links[number] is None else ()
+
+
 def _where(picture: bytes, link: Link | None) -> dict[str, Any]:
     if link is None:
         return {"b64_json": base64.b64encode(picture).decode("ascii")}
     return {"url": link.url, "expires_at": link.expires_at}
 
 
-def to_model_card(description: ModelDescription, created: int) -> ModelCard:
-    """The loaded model as OpenAI's clients list it."""
-    return ModelCard(
-        id=description.id,
+def to_model_card(
+    state: ModelState, description: ModelDescription | None, created: int, owned_by: str = "local"
+) -> ModelCard:
+    """A model as OpenAI's clients list it; `description` with the defaults that hold now, None: not known."""
+    card = ModelCard(
+        id=state.id,
         created=created,
-        owned_by="local",
-        family=description.family,
-        native_size=f"{description.native_width}x{description.native_height}",
-        size_multiple=description.size_multiple,
-        default_steps=description.default_steps,
-        default_guidance=description.default_guidance_scale,
-        dtype=description.dtype,
-        dtype_because=description.dtype_because,
+        owned_by=owned_by,
+        aliases=list(state.aliases),
+        state=state.state,
+        progress=None if state.progress is None else round(state.progress, 3),
+        reason=state.reason or None,
+        retry_seconds=math.ceil(state.retry_seconds) or None,
+        family=state.family or None,
+        native_size=None,
+        size_multiple=None,
+        default_steps=None,
+        default_guidance=None,
+        dtype=state.dtype or None,
+        digest=state.identity.digest or None,
+        revision=state.identity.revision,
+    )
+    if description is None:
+        return card
+    return card.model_copy(
+        update={
+            "family": description.family,
+            "native_size": f"{description.native_width}x{description.native_height}",
+            "size_multiple": description.size_multiple,
+            "max_side": description.max_side,
+            "max_steps": description.max_steps,
+            "default_steps": description.default_steps,
+            "default_guidance": description.default_guidance_scale,
+            "dtype": description.dtype,
+            "dtype_because": description.dtype_because,
+        }
     )
 
 
@@ -542,6 +723,10 @@ def _check_compression(wire: ImageGenerationRequest) -> None:
         )
 
 
+def _check_loras(wire: ImageGenerationRequest) -> None:
+    to_choices(wire)
+
+
 def _check_stream(wire: ImageGenerationRequest) -> None:
     if wire.stream and wire.n not in (None, 1):
         _refuse(
@@ -573,11 +758,14 @@ _CHECKS: tuple[Callable[[ImageGenerationRequest], None], ...] = (
     _check_response_format,
     _check_compression,
     _check_stream,
+    _check_loras,
 )
 
 #: Why a field of OpenAI's cannot be honoured, and what to do instead.
 _NOT_OFFERED = {
     "background": "background must be 'opaque' or 'auto': pictures have no transparency here; got {got}.",
+    "loras": f"loras must be a list of up to {MOST_LORAS} names, each as text, such as 'style=0.8', or as an "
+    "object with name and weight (from -10 to 10); got {got}.",
     "style": "style is not offered, got {got}; put the style into the prompt instead.",
 }
 
@@ -607,7 +795,7 @@ _SENTENCES = {
 
 
 def _sentence(name: str, problem: Any, wire_class: type[BaseModel]) -> str:
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
         return unknown_field(name, list(wire_class.model_fields))
     context = problem.get("ctx", {})
     value = problem["input"]

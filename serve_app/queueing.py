@@ -17,7 +17,7 @@ import heapq
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -137,9 +137,9 @@ class _Minute:
         self._left -= 1
         return True
 
-    def seconds_to_next(self, now: float) -> float:
+    def seconds_to_next(self, now: float, ahead: int = 0) -> float:
         self._look(now)
-        return max(0.0, (1 - self._left) * 60 / self._limit)
+        return max(0.0, (1 + ahead - self._left) * 60 / self._limit)
 
     def is_whole(self, now: float) -> bool:
         self._look(now)
@@ -257,6 +257,20 @@ class FairQueue:
         self._admit()
         return ticket
 
+    def check(
+        self, name: str, work: float, pictures: int = 1, ahead: Sequence[tuple[str, float, int]] = ()
+    ) -> None:
+        """Raise what `enter` would if those `ahead` had entered before: caller, work, pictures of each.
+
+        Nobody enters, and nobody who waits goes for a newcomer.
+        """
+        now = self._clock()
+        own = [pictures_ahead for caller, _, pictures_ahead in ahead if caller == name]
+        self._check_limits(self._line(name, now), pictures, now, own)
+        waiting = self._waiting + len(ahead) - max(0, self.room - len(self._admitted))
+        if waiting >= 0 and not self._fits(waiting, self._waiting_work + sum(each[1] for each in ahead)):
+            raise self._full("this request came too late for a place", len(ahead))
+
     def leave(self, ticket: Ticket) -> None:
         """The ticket is no longer needed: drawn, failed, or nobody waits for it any more. Twice is once."""
         if ticket in self._admitted:
@@ -306,20 +320,22 @@ class FairQueue:
             if not line.held and not counts:
                 del self._lines[name]
 
-    def _check_limits(self, line: _Line, pictures: int, now: float) -> None:
+    def _check_limits(self, line: _Line, pictures: int, now: float, ahead: Sequence[int] = ()) -> None:
+        """`ahead`: the pictures of each request of this caller's that comes first."""
+        under_way = line.pictures + sum(ahead)
         at_once = line.entry.pictures_at_once
         if at_once and pictures > at_once:
             raise InvalidRequest(
                 f"n must be at most {at_once}, the pictures that one caller may have at once, got {pictures}",
                 "n",
             )
-        if at_once and line.pictures + pictures > at_once:
+        if at_once and under_way + pictures > at_once:
             raise CallerLimited(
-                f"You have {line.pictures} pictures under way, and may have {at_once} at once; "
+                f"You have {under_way} pictures under way, and may have {at_once} at once; "
                 "wait for one of them.",
                 self._come_again(0.0),
             )
-        if line.minute is not None and (seconds := line.minute.seconds_to_next(now)) > 0:
+        if line.minute is not None and (seconds := line.minute.seconds_to_next(now, len(ahead))) > 0:
             raise CallerLimited(
                 f"You may send {line.entry.requests_a_minute} requests a minute; the next is free in "
                 f"{math.ceil(seconds)} s.",
@@ -376,16 +392,16 @@ class FairQueue:
             self._seconds is None or seconds is None or seconds <= self._seconds
         )
 
-    def _full(self, because: str) -> QueueFull:
+    def _full(self, because: str, ahead: int = 0) -> QueueFull:
         seconds = self._seconds_for(self._admitted_work + self._waiting_work)
         lasts = "" if seconds is None else f", about {math.ceil(seconds)} s of work"
         headers = self._come_again(0.0 if self._seconds is None else (seconds or 0.0) - self._seconds)
         again = headers["Retry-After"]
-        headers |= {"X-Queue-Position": str(self._waiting + 1)}
+        headers |= {"X-Queue-Position": str(self._waiting + ahead + 1)}
         headers |= {} if seconds is None else {"X-Queue-Seconds": str(math.ceil(seconds))}
         return QueueFull(
-            f"The queue is full ({self._waiting} requests wait{lasts}), and {because}; send it again in "
-            f"about {again} s.",
+            f"The queue is full ({self._waiting + ahead} requests wait{lasts}), and {because}; send it again "
+            f"in about {again} s.",
             headers,
         )
 

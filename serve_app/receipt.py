@@ -6,20 +6,20 @@ HTTP, no Ray and no engine.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from zimage_engine.errors import InvalidRequest
-from zimage_engine.types import GenerationReport, GenerationRequest, GuardTrace, SourcePicture
+from zimage_engine.types import GenerationReport, GenerationRequest, GuardTrace, LoraChoice, SourcePicture
 
 #: Raise it when a field means something else than before; a new field needs no new number.
 FORMAT = 1
 
 
 def receipt_of(report: GenerationReport, index: int) -> dict[str, Any]:
-    """How picture `index` of the report was made. Both prompts are those that were drawn, enhanced as
-    they are."""
+    """How picture `index` of the report was made; both prompts are those that were drawn."""
     picture, memory, made = report.pictures[index], report.memory, report.drawn_with
     return {
         "receipt": FORMAT,
@@ -113,6 +113,15 @@ def check_receipt(receipt: Mapping[str, Any]) -> None:
                 "written",
                 "receipt",
             )
+    try:
+        # What an answer or a file that tells of it could not hold; read as JSON, 1e999 is infinite.
+        json.dumps(receipt, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InvalidRequest(
+            "the receipt holds a number that is not finite, half a character or the like; give it as it was "
+            "written",
+            "receipt",
+        ) from error
     edit = receipt.get("edit")
     if edit is not None and not (
         isinstance(edit, Mapping) and isinstance(edit.get("strength"), (int, float))
@@ -156,6 +165,19 @@ def request_of(receipt: Mapping[str, Any], source: SourcePicture | None = None) 
         image=source if is_of_edit(receipt) else None,
         strength=receipt["edit"]["strength"] if is_of_edit(receipt) else None,
     )
+
+
+def loras_of(receipt: Mapping[str, Any]) -> tuple[LoraChoice, ...]:
+    """The LoRAs that the picture was drawn with, as a request names them. Raises InvalidRequest."""
+    told = receipt.get("loras") or []
+    try:
+        return tuple(LoraChoice(str(each["name"]), float(each["weight"])) for each in told)
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise InvalidRequest(
+            f"the receipt's loras must each have a name and a weight, got {_shown(told)}; give it as it was "
+            "written",
+            "receipt",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

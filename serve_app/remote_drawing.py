@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import secrets
 import time
 import urllib.error
 import urllib.request
@@ -18,14 +19,20 @@ from zimage_engine.errors import InvalidRequest
 
 #: Drawing one picture may take long on a CPU, and there is the queue before it.
 ANSWER_SECONDS = 3600.0
+#: What it tells of itself is at hand, or of no use.
+TOLD_SECONDS = 10.0
 #: How long a server that is not there, or takes nothing, is asked again before it is given up.
 PATIENCE_SECONDS = 600.0
 #: Between two attempts where the server names no time.
 RETRY_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0
 
-#: The server is there and busy, or about to be there.
-_LATER = (429, 502, 503)
+#: The server is there and busy, or about to be there, or something before it has not waited for it.
+_LATER = (408, 429, 502, 503, 504)
+#: What the server itself calls a picture that took longer than any may: so it would once more.
+_FINAL = ("deadline_exceeded",)
+#: It had drawn it under the same key, and keeps it no more.
+_EXPIRED = 410
 #: It will never take any request of ours.
 _NEVER = (401, 403, 421)
 
@@ -44,6 +51,7 @@ class RemoteServer:
                 f"--server must be an address such as http://127.0.0.1:7860, got {url!r}", "server"
             )
         base = url.rstrip("/").removesuffix("/v1")
+        self._models_url = f"{base}/v1/models"
         self._url = f"{base}/v1/images/generations"
         self._headers = {"Content-Type": "application/json"}
         if key:
@@ -52,27 +60,45 @@ class RemoteServer:
         # A redirect would take the key to another server.
         self._opener = urllib.request.build_opener(_NoRedirect)
 
-    def draw(self, fields: Mapping[str, Any]) -> bytes:
+    def models(self) -> list[dict[str, Any]]:
+        """What the server tells of its models; nothing where it does not answer at once."""
+        try:
+            request = urllib.request.Request(self._models_url, headers=self._headers)
+            with self._opener.open(request, timeout=TOLD_SECONDS) as answer:
+                told = json.load(answer)["data"]
+        except (OSError, HTTPException, ValueError, KeyError, TypeError):
+            return []
+        return [card for card in told if isinstance(card, dict)] if isinstance(told, list) else []
+
+    def draw(self, fields: Mapping[str, Any], name: str) -> bytes:
         """The file of the one picture that `fields` ask for, in the API's own names.
 
+        `name` is the picture's own: asked for under another one, the same fields are drawn anew.
+
         What was not answered is asked again with the same Idempotency-Key, so that a server that keeps
-        them draws it once. Raises RequestRefused where this picture is refused, ServerGivenUp where all are.
+        them draws it once; what it had drawn and thrown away since is drawn anew.
+        Raises RequestRefused where this picture is refused, ServerGivenUp where all are.
         """
         body = json.dumps(fields).encode()
-        headers = {**self._headers, "Idempotency-Key": hashlib.sha256(body).hexdigest()}
-        request = urllib.request.Request(self._url, body, headers)
+        key = first_key = hashlib.sha256(name.encode() + b"\0" + body).hexdigest()
         give_up_at = time.monotonic() + PATIENCE_SECONDS
         while True:
+            headers = {**self._headers, "Idempotency-Key": key}
+            request = urllib.request.Request(self._url, body, headers)
             try:
                 with self._opener.open(request, timeout=ANSWER_SECONDS) as answer:
                     return base64.b64decode(json.load(answer)["data"][0]["b64_json"])
             except urllib.error.HTTPError as refused:
-                wait = _wait_of(refused)
-                why = RequestRefused(_message_of(refused), status=refused.code)
+                wait, why = _wait_of(refused), _refusal_of(refused)
+                if why.code in _FINAL:
+                    wait = None
             except (OSError, HTTPException) as lost:
                 wait, why = RETRY_SECONDS, RequestRefused(f"{self._url} does not answer ({_reason(lost)})")
             except (ValueError, KeyError, IndexError, TypeError) as odd:
                 raise ServerGivenUp(f"{self._url} answers, but not as a server for pictures does") from odd
+            if why.status == _EXPIRED and key == first_key:
+                key = secrets.token_hex(32)
+                continue
             if why.status in _NEVER or 300 <= why.status < 400:
                 raise ServerGivenUp(f"{self._url}: {why}")
             if wait is None:
@@ -96,12 +122,14 @@ def _wait_of(refused: urllib.error.HTTPError) -> float | None:
     return min(max(seconds, 0.1), LONGEST_WAIT_SECONDS)
 
 
-def _message_of(refused: urllib.error.HTTPError) -> str:
+def _refusal_of(refused: urllib.error.HTTPError) -> RequestRefused:
     try:
         with refused:
-            return str(json.load(refused)["error"]["message"])
-    except (ValueError, KeyError, TypeError, OSError, HTTPException):
-        return f"HTTP {refused.code} {refused.reason}"
+            error = json.load(refused)["error"]
+            code = str(error.get("code") or "")
+            return RequestRefused(str(error["message"]), code=code, status=refused.code)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, HTTPException):
+        return RequestRefused(f"HTTP {refused.code} {refused.reason}", code="", status=refused.code)
 
 
 def _reason(lost: Exception) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve_app.image_codec import pixel_sum, read_receipt
+from serve_app.image_codec import PILLOW_FORMATS, pixel_sum, read_receipt
 from serve_app.receipt import Difference, check_receipt, differences, request_of
 from zimage_engine.errors import InvalidRequest
 from zimage_engine.types import GenerationRequest, SourcePicture
@@ -30,8 +30,7 @@ class Given:
     rgb: bytes | None = field(default=None, repr=False)
 
     def request(self, source: SourcePicture | None = None) -> GenerationRequest:
-        """What draws it, from `source` if it was drawn from a picture. Raises InvalidRequest as
-        `request_of`."""
+        """What draws it, from `source` if it was drawn from a picture; raises as `request_of` does."""
         return request_of(self.receipt, source)
 
 
@@ -70,15 +69,14 @@ def read_given(content: bytes) -> Given:
         if receipt is None:
             raise InvalidRequest(
                 "the picture has no receipt: it was not drawn by zimage-turbo, or by a version before "
-                "receipts, "
-                "or another program has saved it since",
+                "receipts, or another program has saved it since",
                 "image",
             )
         check_receipt(receipt)
         width, height = receipt["width"], receipt["height"]
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
                 if image.size != (width, height) or max(image.size) > MOST_SIDE:
                     raise InvalidRequest(
                         f"the picture is {image.width}x{image.height}, and its receipt tells of "

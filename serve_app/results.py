@@ -1,9 +1,8 @@
 """Keeps finished files for whoever has their unguessable id, for a time and within a size.
 
-A file lies under its id in a folder of this machine, or in any place that fsspec reaches by a URL. There
-is no
-index: the id itself says when it expires and what it is, so a restart, and several ingresses over one folder,
-see the same. Knows no HTTP and no pictures.
+A file lies under its id in a folder of this machine, or in an object store such as S3's. There is no index:
+the id itself says when it expires and what it is, so a restart, and several ingresses over one place, see the
+same. Knows nothing of requests and pictures.
 """
 
 from __future__ import annotations
@@ -15,10 +14,13 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterator
+from contextvars import Context
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,16 @@ UNFINISHED_SECONDS = 3600
 #: What others write into the same place is counted this often.
 COUNT_SECONDS = 10.0
 
+#: Places that are reached by a URL; the first is the one that is told as an example.
+SCHEMES = ("s3", "gs", "az")
+#: An object store that does not answer must not hold back a finished picture for long.
+KEEP_SECONDS = 30.0
+REQUEST_SECONDS = 10.0
+RETRY_SECONDS = 10.0
+RETRIES = 3
+#: How many files are removed at the same moment.
+REMOVED_AT_ONCE = 16
+
 
 class ResultExpired(Exception):
     """The file was there, and has been removed for its age or for want of room."""
@@ -53,6 +65,10 @@ class ResultExpired(Exception):
 
 class ResultNotKept(Exception):
     """The file could not be written; the message says why, and names no place on the server."""
+
+
+class ResultUnreachable(Exception):
+    """Whether the file is there cannot be told now: the place does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +92,28 @@ class _Entry:
 class _Place(Protocol):
     """Where files lie. A name has no folders in it; `read` of one that is not there is FileNotFoundError."""
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write it whole or not at all."""
+    #: More at once waste a disk's time, and fewer a network's.
+    writes_at_once: int
 
-    def read(self, name: str) -> bytes: ...
+    async def write(self, name: str, data: bytes) -> None:
+        """Write it whole or not at all; when this returns it stays."""
 
-    def exists(self, name: str) -> bool: ...
+    async def read(self, name: str) -> bytes: ...
 
-    def remove(self, name: str) -> None:
+    async def exists(self, name: str) -> bool: ...
+
+    async def remove(self, name: str) -> None:
         """Remove it; one that is not there is no error."""
 
-    def entries(self) -> Iterable[_Entry]: ...
+    async def entries(self) -> list[_Entry]: ...
 
 
 class ResultStore:
     """Files under unguessable ids, for `seconds` each and with `most_bytes` in all: the oldest go first.
 
     Several stores may share one place, also from several machines; together they may exceed `most_bytes` by
-    what they write within COUNT_SECONDS. `now` is a clock in seconds since 1970.
+    what they write within COUNT_SECONDS, and one by what it writes at the same moment. `now` is a clock in
+    seconds since 1970.
     """
 
     def __init__(
@@ -103,17 +123,22 @@ class ResultStore:
         most_bytes: int,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`place` is a folder, made when the first file is kept, or as text a URL for fsspec."""
-        self._place: _Place = _Folder(place) if isinstance(place, Path) else _Remote(place)
+        """`place` is a folder, made when the first file is kept, or as text a URL as `check_place` takes."""
+        self._place: _Place = _Folder(place) if isinstance(place, Path) else _ObjectStore(place)
         self._seconds = seconds
         self._most_bytes = most_bytes
         self._now = now
-        self._turn = asyncio.Lock()
+        self._writers = asyncio.Semaphore(self._place.writes_at_once)
+        self._counting = asyncio.Lock()
+        #: Sizes of what is being written, by name: a listing may or may not have it yet.
+        self._unwritten: dict[str, int] = {}
         self._counted_at = float("-inf")
         self._counted_bytes = 0
+        #: What is being removed for somebody who is gone; a task that nobody holds may vanish.
+        self._taking_back: set[asyncio.Task[None]] = set()
 
     async def put(self, data: bytes, media_type: str) -> str:
-        """Keep `data`, and return its id, which is safe in URLs; it is on the disk by then.
+        """Keep `data`, and return its id, which is safe in URLs; it stays from then on.
 
         Raises ResultNotKept where it cannot be written, and ValueError for another type than MEDIA_TYPES has.
         """
@@ -126,72 +151,124 @@ class ResultStore:
             )
         expires = int(self._now() + self._seconds)
         name = f"{expires:09x}-{secrets.token_urlsafe(_RANDOM_BYTES)}.{_ENDINGS[media_type]}"
-        async with self._turn:
-            try:
-                await asyncio.to_thread(self._make_room, len(data))
-                await asyncio.to_thread(self._place.write, name, data)
-            except Exception as error:  # each place has its own kinds of failure
-                logger.exception("a result could not be kept")
-                raise ResultNotKept(
-                    "The file could not be kept on the server (its log says why); try again later, or "
-                    "ask for "
-                    "it in the answer itself."
-                ) from error
-            self._counted_bytes += len(data)
+        try:
+            async with asyncio.timeout(KEEP_SECONDS), self._writers:
+                await self._write(name, data)
+        except Exception as error:  # each place has its own kinds of failure
+            logger.exception("a result could not be kept")
+            raise ResultNotKept(
+                "The file could not be kept on the server (its log says why); try again later, or ask for it "
+                "in the answer itself."
+            ) from error
         return name
 
+    async def _write(self, name: str, data: bytes) -> None:
+        self._unwritten[name] = len(data)
+        try:
+            async with self._counting:
+                await self._make_room()
+            await self._write_or_take_back(name, data)
+            self._counted_bytes += len(data)
+        finally:
+            del self._unwritten[name]
+
+    async def _write_or_take_back(self, name: str, data: bytes) -> None:
+        """A thread cannot be cancelled: who is, leaves what it writes to be removed, as nobody has its id."""
+        # In contexts of their own: Serve ends with a request whatever was begun in its context.
+        writing = asyncio.create_task(self._place.write(name, data), context=Context())
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            taking_back = asyncio.create_task(self._take_back(name, writing), context=Context())
+            self._taking_back.add(taking_back)
+            taking_back.add_done_callback(self._taking_back.discard)
+            raise
+
+    async def _take_back(self, name: str, writing: asyncio.Task[None]) -> None:
+        try:
+            await asyncio.wait([writing])
+            if not writing.cancelled() and writing.exception() is None:
+                await self._place.remove(name)
+        except Exception:  # as in `put`
+            logger.exception("a result that nobody waits for could not be removed; it goes when it expires")
+
     async def get(self, id: str) -> StoredFile | None:
-        """The file of this id, None where none ever was. Raises ResultExpired where it is there no more."""
+        """The file of this id, None where none ever was.
+
+        Raises ResultExpired where it is there no more, ResultUnreachable where the place does not answer.
+        """
         match = _ID.fullmatch(id)
         if match is None:
             return None
         expires = int(match["expires"], 16)
-        if self._now() < expires:
-            with contextlib.suppress(FileNotFoundError):
-                data = await asyncio.to_thread(self._place.read, id)
-                return StoredFile(data, MEDIA_TYPES[match["ending"]], expires)
-        if await asyncio.to_thread(self._was_there, id):
+        try:
+            if self._now() < expires:
+                with contextlib.suppress(FileNotFoundError):
+                    data = await self._place.read(id)
+                    return StoredFile(data, MEDIA_TYPES[match["ending"]], expires)
+            was_there = await self._place.exists(id) or await self._place.exists(id + _GONE)
+        except Exception as error:  # as in `put`
+            logger.exception("a result could not be read")
+            raise ResultUnreachable(id) from error
+        if was_there:
             raise ResultExpired(id)
         return None
 
     async def remove(self, id: str) -> None:
-        """Remove the file for good; asking for it raises ResultExpired from then on. None there: no error."""
-        is_id = _ID.fullmatch(id) is not None
-        if is_id and await asyncio.to_thread(self._place.exists, id):
-            await asyncio.to_thread(self._expire, id)
-            self._counted_at = float("-inf")
+        """Remove the file for good; asking for it raises ResultExpired from then on. None there: no error.
 
-    def _was_there(self, id: str) -> bool:
-        return self._place.exists(id) or self._place.exists(id + _GONE)
+        Where the place does not answer, it is left to expire.
+        """
+        if _ID.fullmatch(id) is None:
+            return
+        try:
+            if await self._place.exists(id):
+                await self._expire(id)
+                self._counted_at = float("-inf")
+        except Exception:  # as in `put`; whoever clears up after a failure must not fail of it
+            logger.exception("a result could not be removed; it goes when it expires")
 
-    def _expire(self, name: str) -> None:
-        self._place.write(name + _GONE, b"")
-        self._place.remove(name)
+    async def _expire(self, name: str) -> None:
+        await self._place.write(name + _GONE, b"")
+        await self._place.remove(name)
 
-    def _make_room(self, size_bytes: int) -> None:
-        """Remove what has expired, and the oldest until `size_bytes` more are within the bound."""
+    async def _make_room(self) -> None:
+        """Remove what has expired, and the oldest until what is being written is within the bound too."""
         now = self._now()
         is_counted = now - self._counted_at < COUNT_SECONDS
-        if is_counted and self._counted_bytes + size_bytes <= self._most_bytes:
+        if is_counted and self._counted_bytes + sum(self._unwritten.values()) <= self._most_bytes:
             return
+        # What is being written now may be done before the end of this, and the list may have it or not.
+        writing = dict(self._unwritten)
+        stale, expired = [], []
         kept: list[tuple[int, _Entry]] = []
-        for entry in self._place.entries():
+        for entry in await self._place.entries():
             match = _ID.fullmatch(entry.name)
             if match is None:
                 if now - entry.written_at > _seconds_left_alone(entry.name):
-                    self._place.remove(entry.name)
+                    stale.append(entry.name)
             elif int(match["expires"], 16) <= now:
-                self._expire(entry.name)
-            else:
+                expired.append(entry.name)
+            elif entry.name not in writing:
                 kept.append((int(match["expires"], 16), entry))
         total = sum(entry.size_bytes for _, entry in kept)
+        most = self._most_bytes - sum({**writing, **self._unwritten}.values())
         # Those that were written in one second are told apart by the file's own time.
         for _, entry in sorted(kept, key=lambda each: (each[0], each[1].written_at)):
-            if total + size_bytes <= self._most_bytes:
+            if total <= most:
                 break
-            self._expire(entry.name)
+            expired.append(entry.name)
             total -= entry.size_bytes
-        self._counted_bytes, self._counted_at = total, now
+        await _each(self._place.remove, stale)
+        await _each(self._expire, expired)
+        written_since = sum(size for name, size in writing.items() if name not in self._unwritten)
+        self._counted_bytes, self._counted_at = total + written_since, now
+
+
+async def _each(do: Callable[[str], Awaitable[None]], names: list[str]) -> None:
+    """Do it with each name, some at a time: an object store answers many as soon as one."""
+    for first in range(0, len(names), REMOVED_AT_ONCE):
+        await asyncio.gather(*(do(name) for name in names[first : first + REMOVED_AT_ONCE]))
 
 
 def expires_at(id: str) -> int:
@@ -214,10 +291,27 @@ def _seconds_left_alone(name: str) -> float:
 class _Folder:
     """A folder of this machine, for its owner alone."""
 
+    writes_at_once = 1
+
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def write(self, name: str, data: bytes) -> None:
+    async def write(self, name: str, data: bytes) -> None:
+        await asyncio.to_thread(self._write, name, data)
+
+    async def read(self, name: str) -> bytes:
+        return await asyncio.to_thread((self._path / name).read_bytes)
+
+    async def exists(self, name: str) -> bool:
+        return await asyncio.to_thread((self._path / name).is_file)
+
+    async def remove(self, name: str) -> None:
+        await asyncio.to_thread((self._path / name).unlink, missing_ok=True)
+
+    async def entries(self) -> list[_Entry]:
+        return await asyncio.to_thread(lambda: list(self._entries()))
+
+    def _write(self, name: str, data: bytes) -> None:
         self._path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._path.chmod(0o700)
         unfinished = self._path / f"{_UNFINISHED}{name}.{secrets.token_hex(4)}"
@@ -238,16 +332,7 @@ class _Folder:
         finally:
             os.close(folder)
 
-    def read(self, name: str) -> bytes:
-        return (self._path / name).read_bytes()
-
-    def exists(self, name: str) -> bool:
-        return (self._path / name).is_file()
-
-    def remove(self, name: str) -> None:
-        (self._path / name).unlink(missing_ok=True)
-
-    def entries(self) -> Iterable[_Entry]:
+    def _entries(self) -> Iterator[_Entry]:
         if not self._path.is_dir():
             return
         with os.scandir(self._path) as found:
@@ -259,78 +344,75 @@ class _Folder:
                         yield _Entry(entry.name, stat.st_size, stat.st_mtime)
 
 
-class _Remote:
-    """A place that fsspec reaches, such as s3://bucket/prefix; a write is one object, seen when it is
-    whole."""
+class _ObjectStore:
+    """A place that obstore reaches, such as s3://bucket/prefix; an object is seen when it is whole.
+
+    Where it is and by which key is told by the environment, as for other programs of that store:
+    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, and AWS_ENDPOINT_URL for one that is not Amazon's.
+    """
+
+    writes_at_once = 8
 
     def __init__(self, url: str) -> None:
-        import fsspec
+        self._objects: Any = _opened(url)
 
-        # Without the listings that fsspec keeps: others write there too.
-        self._files: Any
-        self._files, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        self._path = path.rstrip("/")
+    async def write(self, name: str, data: bytes) -> None:
+        # In one request: of several, those that came through before a crash would stay and be paid for.
+        await self._objects.put_async(name, data, use_multipart=False)
 
-    def write(self, name: str, data: bytes) -> None:
+    async def read(self, name: str) -> bytes:
+        found = await self._objects.get_async(name)
+        return bytes(await found.bytes_async())
+
+    async def exists(self, name: str) -> bool:
         try:
-            self._files.pipe_file(self._at(name), data)
-        except FileNotFoundError:  # a place with real folders, which is empty yet
-            self._files.makedirs(self._path, exist_ok=True)
-            self._files.pipe_file(self._at(name), data)
+            await self._objects.head_async(name)
+        except FileNotFoundError:
+            return False
+        return True
 
-    def read(self, name: str) -> bytes:
-        data: bytes = self._files.cat_file(self._at(name))
-        return data
-
-    def exists(self, name: str) -> bool:
-        return bool(self._files.isfile(self._at(name)))
-
-    def remove(self, name: str) -> None:
+    async def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._files.rm_file(self._at(name))
+            await self._objects.delete_async(name)
 
-    def entries(self) -> Iterable[_Entry]:
-        with contextlib.suppress(FileNotFoundError):
-            for found in self._files.ls(self._path, detail=True):
-                if found["type"] == "file":
-                    yield _Entry(Path(found["name"]).name, int(found["size"] or 0), _written_at(found))
-
-    def _at(self, name: str) -> str:
-        return f"{self._path}/{name}"
+    async def entries(self) -> list[_Entry]:
+        found = await self._objects.list_with_delimiter_async()
+        return [
+            _Entry(str(each["path"]).rpartition("/")[2], int(each["size"]), each["last_modified"].timestamp())
+            for each in found["objects"]
+        ]
 
 
-#: What file systems of fsspec call the time of the last write: S3, the memory's, a disk's, and the web's.
-_TIMES = ("LastModified", "created", "mtime", "last_modified")
+def _opened(url: str) -> Any:
+    from obstore.store import from_url
 
-
-def _written_at(found: dict[str, Any]) -> float:
-    """In seconds since 1970; where the place does not tell, the future, so that nothing is removed for it."""
-    told = next((found[name] for name in _TIMES if found.get(name) is not None), None)
-    if told is None:
-        return float("inf")
-    return float(told if isinstance(told, (int, float)) else told.timestamp())
+    return from_url(
+        url,
+        # An endpoint without TLS is one that the operator has named as such, on a network of theirs.
+        client_options={"timeout": timedelta(seconds=REQUEST_SECONDS), "allow_http": True},
+        retry_config={"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_SECONDS)},
+    )
 
 
 def check_place(url: str) -> None:
-    """Raise ValueError with a sentence where `url` is none that files can be kept under here."""
-    import fsspec
-    from fsspec.registry import known_implementations
+    """Raise ValueError with a sentence where `url` is none that files can be kept under here.
 
-    scheme, separator, rest = url.partition("://")
-    if not separator or not rest.strip("/"):
+    Nothing is asked of the place itself.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in SCHEMES or not parts.netloc:
+        others = " or ".join(f"{scheme}://" for scheme in SCHEMES[1:])
         raise ValueError(
-            f"setting results_url must be a place such as s3://bucket/prefix, got {url!r}; for a folder of "
-            "this machine set data_dir"
-        )
-    known = known_implementations.get(scheme)
-    if known is None:
-        raise ValueError(
-            f"setting results_url: fsspec knows no {scheme}://; s3://bucket/prefix is one it does"
+            f"setting results_url must be a place such as {SCHEMES[0]}://bucket/prefix, also {others}, got "
+            f"{url!r}; for a folder of this machine set data_dir"
         )
     try:
-        fsspec.get_filesystem_class(scheme)
+        _opened(url)
     except ImportError as missing:
-        extra = known.get("err", str(missing))
         raise ValueError(
-            f"setting results_url: {scheme}:// needs a package that is not installed here: {extra}"
+            f"setting results_url: {parts.scheme}:// needs the package obstore: pip install zimage-turbo[s3]"
         ) from missing
+    except Exception as wrong:  # the library's own kinds; its first line is the sentence
+        raise ValueError(
+            f"setting results_url: {url!r} cannot be used: {str(wrong).splitlines()[0]}"
+        ) from wrong

@@ -10,12 +10,12 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from serve_app.error_mapping import (
@@ -31,10 +31,13 @@ from serve_app.live_settings import InForce, LiveSettings, at_start
 from serve_app.logs import REQUESTS, request_id
 from serve_app.lost_workers import Losses, RefusedRequests, named_request
 from serve_app.metrics import ServerMetrics, merged
+from serve_app.model_list import ModelLoadFailed, ModelState, merged_states
+from serve_app.openai_schema import is_default_model, refuse_model
 from serve_app.queueing import Entry, FairQueue, OnPlace, turn
 from serve_app.tracing import Tracing, current, now
 from serve_app.worker_reply import DrawingBegan, Preview, WorkerUnfit
-from zimage_engine.errors import DeadlineExceeded, DeviceFailed
+from zimage_engine.errors import DeadlineExceeded, DeviceFailed, InvalidRequest
+from zimage_engine.loading.lora_choice import choices_in_prompt, chosen
 from zimage_engine.prompts.enhancer import enhance, unchanged
 from zimage_engine.prompts.tokens import PromptTokens, prompt_tokens
 from zimage_engine.sampling.plan import SamplingPlan, resolve
@@ -42,6 +45,8 @@ from zimage_engine.types import (
     DeviceStatus,
     EnhancedPrompt,
     GenerationRequest,
+    LoraChoice,
+    LoraOffer,
     ModelDescription,
     StepProgress,
 )
@@ -71,18 +76,32 @@ READY_CACHE_SECONDS = 0.5
 COUNT_CACHE_SECONDS = 5.0
 #: Between two looks whether a new worker has come up.
 RESTART_POLL_SECONDS = 0.5
+#: Between two looks whether a model is loaded.
+LOADING_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Readiness:
     """Whether pictures can be drawn now, and in one sentence why not.
 
-    `former_settings` where the last `user_config` was refused, and what held before it still holds.
+    `former_settings` where the last `user_config` was refused, here or by a worker, and what held before it
+    still holds.
     """
 
     ready: bool
     reason: str
     former_settings: bool = False
+
+
+class _Described:
+    """A model of the list, and its tokenizer."""
+
+    def __init__(self, description: ModelDescription) -> None:
+        self.description = description
+        self._tokens = prompt_tokens(description.tokenizer_json) if description.tokenizer_json else None
+
+    def count_tokens(self, text: str) -> int:
+        return 0 if self._tokens is None else self._tokens.count(text)
 
 
 @dataclass(frozen=True)
@@ -102,6 +121,7 @@ class _Begun:
     """Whether a worker has begun with what was handed to it; of a reply without a stream nothing is known."""
 
     is_known_not_to_be: bool = False
+    worker: str = ""
 
 
 class ImageService:
@@ -124,9 +144,14 @@ class ImageService:
         """
         self._worker = worker
         self._streaming_worker = worker.options(stream=True)
+        #: Of a model of the list: its name by each of its names.
+        self._listed = {name: model.name for model in settings.models for name in model.names}
+        self._handles: dict[str, tuple[DeploymentHandle, DeploymentHandle]] = {}
+        self._others: dict[str, _Described] = {}
         self._ingresses = ingresses
         self._metrics = metrics
         self._in_force = InForce(at_start(settings))
+        self._has_lora_folder = settings.lora_folder is not None
         self._tracing = tracing
         self._description: ModelDescription | None = None
         self._tokens: PromptTokens | None = None
@@ -140,6 +165,7 @@ class ImageService:
         self._refused = RefusedRequests()
         self._counted_at = float("-inf")
         self._counting: asyncio.Task[bool] | None = None
+        self._a_worker_refused_settings = False
 
     async def generate(
         self,
@@ -170,7 +196,9 @@ class ImageService:
                 live = self.live
                 request = _with_defaults(request, live)
                 async with self._in_time(live.request_seconds):
-                    description = await self.description_when_ready()
+                    description = await self.description_for(request.model)
+                    request = replace(request, model=self._listed.get(request.model or ""))
+                    request = await self.with_loras_that_are_there(request)
                     # What cannot be drawn is told now, not after a place in the queue has come up.
                     plan = resolve(request, description)
                     enhancing, enhancing_at = time.perf_counter(), now()
@@ -217,9 +245,20 @@ class ImageService:
         """The live settings, and whether the last that were given were refused."""
         return self._in_force
 
+    @property
+    def metrics(self) -> ServerMetrics:
+        """The numbers of this ingress, for whoever counts beside the service."""
+        return self._metrics
+
     def tickets_for_jobs(self) -> int:
         """How many jobs may stand in the queue at once: as many as keep the workers busy, and no more."""
         return self._queue.room
+
+    def check_room(
+        self, asked_by: str, work: float, pictures: int, ahead: Sequence[tuple[str, float, int]]
+    ) -> None:
+        """Raise what `generate` would of the queue, for one who waits behind those `ahead`, outside of it."""
+        self._queue.check(asked_by, work, pictures, ahead)
 
     def seconds_for(self, work: float) -> float | None:
         """How long the workers take for so much, by the last drawings; None before the first."""
@@ -267,6 +306,67 @@ class ImageService:
         finally:
             self._metrics.ended()
 
+    def count_result_not_kept(self) -> None:
+        """A picture that was asked for as url could not be kept, and is answered itself."""
+        self._metrics.record_result_not_kept()
+
+    @property
+    def names_of_models(self) -> tuple[str, ...]:
+        """The names of the operator's list, without the default model and without aliases."""
+        return tuple(dict.fromkeys(self._listed.values()))
+
+    def listed_name(self, name: object) -> str | None:
+        """The name in the operator's list of what goes by `name`; None for the default model, and none."""
+        return self._listed.get(name) if isinstance(name, str) else None
+
+    async def description_for(self, name: str | None) -> ModelDescription:
+        """What is known of the model of this name or alias once a worker has had it; None: the default.
+
+        Raises RequestRefused (404) for a name that is none, ModelLoadFailed, ModelNotReady.
+        """
+        listed = self._listed.get(name or "")
+        if listed is not None:
+            return _with_live_defaults((await self._described(listed)).description, self.live)
+        description = await self.description_when_ready()
+        if name is not None and not is_default_model(name, description):
+            refuse_model(name, description, self.names_of_models)
+        return description
+
+    async def _described(self, model: str) -> _Described:
+        """Of a model that was never loaded only loading tells all: that is begun, in one worker."""
+        deadline = time.monotonic() + self.live.worker_restart_seconds
+        while model not in self._others:
+            state = next((each for each in await self.model_states() if each.id == model), None)
+            if state is not None and state.description is not None:
+                self._others[model] = _Described(state.description)
+                break
+            if state is None:
+                if time.monotonic() >= deadline:
+                    raise ModelNotReady(self._reason_not_ready())
+            elif state.state == "failed" and state.retry_seconds > 0:
+                raise ModelLoadFailed(
+                    f"The model {model} cannot be loaded: {state.reason}. It is tried again in "
+                    f"{state.retry_seconds:.0f} seconds at the earliest; other models can be drawn with.",
+                    state.retry_seconds,
+                )
+            elif state.state != "loading":
+                await self._asked(self._worker, "load_soon", ASK_SECONDS, model, state.worker)
+            await asyncio.sleep(LOADING_POLL_SECONDS)
+        return self._others[model]
+
+    async def model_states(self) -> list[ModelState]:
+        """What the workers tell of each model, the default one first; empty where none answers."""
+        return merged_states(state for states in await self._ask_all("model_states") for state in states)
+
+    def with_live_defaults(self, description: ModelDescription | None) -> ModelDescription | None:
+        """What is told of a model to callers, with the defaults that hold for the next request."""
+        return None if description is None else _with_live_defaults(description, self.live)
+
+    def token_counter(self, model: str) -> Callable[[str], int]:
+        """Counts the tokens of a text as that model does; 0 where its tokenizer is not known."""
+        other = self._others.get(model)
+        return self.count_tokens if other is None else other.count_tokens
+
     def count_tokens(self, text: str) -> int:
         """The tokens of `text` as the model counts them; 0 where its tokenizer is not known."""
         return self._count_tokens(text) if self._count_tokens is not None else 0
@@ -297,11 +397,52 @@ class ImageService:
             await asyncio.sleep(RESTART_POLL_SECONDS)
         return description
 
+    async def loras_offered(self, model: str | None = None) -> tuple[LoraOffer, ...] | None:
+        """The LoRAs that requests for a model (None: the default one) may name; None where no worker that
+        answers has it loaded."""
+        answers = await self._asked(self._worker, "loras_offered", SCRAPE_SECONDS, model or "")
+        return next((offers for offers in answers if offers is not None), None)
+
+    async def loras_there(
+        self, wanted: tuple[LoraChoice, ...], model: str | None = None
+    ) -> tuple[LoraChoice, ...]:
+        """Those of `wanted` that can be had; all where no worker that answers has the model loaded."""
+        offers = await self.loras_offered(model)
+        if offers is None:
+            return wanted
+        there = []
+        for each in wanted:
+            with suppress(InvalidRequest):
+                chosen(offers, [each])
+                there.append(each)
+        return tuple(there)
+
+    async def with_loras_that_are_there(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with the LoRAs that its prompt names in tags, which are taken out of it.
+
+        Where there is no folder of LoRAs a prompt is left as it is. Raises InvalidRequest for a LoRA that
+        cannot be had, as far as that is known before the model is loaded.
+        """
+        if self._has_lora_folder:
+            prompt, named = choices_in_prompt(request.prompt)
+            if named:
+                request = replace(request, prompt=prompt, loras=(*(request.loras or ()), *named))
+        if request.loras:
+            offers = await self.loras_offered(request.model)
+            if offers is not None:
+                chosen(offers, request.loras)
+        return request
+
     async def readiness(self) -> Readiness:
         """Whether a worker with its model answers at this moment."""
-        if time.monotonic() - self._answered_at > READY_CACHE_SECONDS and not await self._look_for_workers():
-            return Readiness(False, self._reason_not_ready(), bool(self._in_force.refusal))
-        return Readiness(True, "ready", bool(self._in_force.refusal))
+        ready = True
+        if time.monotonic() - self._answered_at > READY_CACHE_SECONDS:
+            ready, refused = await asyncio.gather(
+                self._look_for_workers(), self._ask_all("has_refused_settings")
+            )
+            self._a_worker_refused_settings = any(refused)
+        former_settings = bool(self._in_force.refusal) or self._a_worker_refused_settings
+        return Readiness(ready, "ready" if ready else self._reason_not_ready(), former_settings)
 
     async def device_status(self) -> DeviceStatus | None:
         """The device of one worker; None where no worker answers."""
@@ -318,11 +459,14 @@ class ImageService:
     def _enhanced(self, plan: SamplingPlan, wanted: bool, description: ModelDescription) -> EnhancedPrompt:
         if not wanted:
             return unchanged(plan.prompt, plan.negative_prompt)
+        other = self._others.get(description.id)
+        has_tokenizer = bool(description.tokenizer_json)
+        counter = self._count_tokens if other is None else other.count_tokens if has_tokenizer else None
         return enhance(
             plan.prompt,
             plan.negative_prompt,
-            count_tokens=self._count_tokens,
-            token_limit=description.token_limit if self._count_tokens else None,
+            count_tokens=counter,
+            token_limit=description.token_limit if counter else None,
         )
 
     async def _drawn(
@@ -346,7 +490,7 @@ class ImageService:
         while True:
             begun = _Begun()
             try:
-                return await self._asked_of_a_worker(request, encoding, watcher, begun)
+                return await self._asked_of_a_worker(request, encoding, watcher, begun, losses.any)
             except WorkerUnfit:
                 losses.handovers += 1
                 await asyncio.sleep(RESTART_POLL_SECONDS)
@@ -360,7 +504,8 @@ class ImageService:
                     raise
                 self._metrics.record_retry()
             except RayActorError as died:
-                if begun.is_known_not_to_be:
+                is_away = isinstance(died, ActorUnavailableError) and await self._answers(begun.worker)
+                if begun.is_known_not_to_be or is_away:
                     losses.handovers += 1
                 else:
                     losses.deaths += 1
@@ -399,15 +544,21 @@ class ImageService:
         )
 
     async def _asked_of_a_worker(
-        self, request: GenerationRequest, encoding: ImageEncoding, watcher: _Watcher | None, begun: _Begun
+        self,
+        request: GenerationRequest,
+        encoding: ImageEncoding,
+        watcher: _Watcher | None,
+        begun: _Begun,
+        tell_first: bool,
     ) -> WorkerReply:
         traced = {"trace_id": current().id} if current().id else {}
         try:
+            worker, streaming_worker = self._workers_for(request.model)
             if watcher is None:
-                return await _awaited(self._worker.generate.remote(request, encoding, **traced))
+                return await _awaited(worker.generate.remote(request, encoding, **traced))
             begun.is_known_not_to_be = True
-            stream = self._streaming_worker.generate_streaming.remote(
-                request, encoding, watcher.previews, **traced
+            stream = streaming_worker.generate_streaming.remote(
+                request, encoding, watcher.previews, tell_first=tell_first, **traced
             )
             return await _followed(stream, watcher, begun)
         except Exception as error:
@@ -415,6 +566,20 @@ class ImageService:
             if original is error:
                 raise
             raise original from None
+
+    def _workers_for(self, model: str | None) -> tuple[DeploymentHandle, DeploymentHandle]:
+        """Handles, without and with a stream, that prefer a worker with this model in memory."""
+        if not self._listed or self._description is None:
+            return self._worker, self._streaming_worker
+        name = model or self._description.id
+        if name not in self._handles:
+            plain = self._worker.options(multiplexed_model_id=name)
+            self._handles[name] = (plain, plain.options(stream=True))
+        return self._handles[name]
+
+    async def _answers(self, worker: str) -> bool:
+        """Whether the worker of that name is still there; Ray calls a dead one out of reach at first."""
+        return bool(worker) and worker in await self._ask_all("name")
 
     async def _until_a_worker_answers(self) -> None:
         seconds = self.live.worker_restart_seconds
@@ -457,9 +622,11 @@ class ImageService:
             return []
         return await self._asked(self._ingresses, method, SCRAPE_SECONDS)
 
-    async def _asked(self, replicas: DeploymentHandle, method: str, seconds: float) -> list[Any]:
+    async def _asked(
+        self, replicas: DeploymentHandle, method: str, seconds: float, *arguments: str
+    ) -> list[Any]:
         try:
-            response = replicas.broadcast(method)
+            response = replicas.broadcast(method, *arguments)
             answers = await response.results_async(timeout_s=seconds, return_exceptions=True)
         except (TimeoutError, RayServeException):  # Serve's, where no worker runs at the moment
             return []
@@ -532,6 +699,7 @@ async def _followed(stream: Any, watcher: _Watcher, begun: _Begun) -> WorkerRepl
         async for item in stream:
             begun.is_known_not_to_be = False  # the first of all items is DrawingBegan
             if isinstance(item, DrawingBegan):
+                begun.worker = item.worker
                 continue
             if isinstance(item, StepProgress):
                 called = watcher.on_progress(item)

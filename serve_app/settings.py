@@ -22,6 +22,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import YamlConfigSettingsSource as YamlSource
 
+from serve_app.model_list import ListedModel, read_models
 from serve_app.results import check_place
 from zimage_engine.errors import InvalidRequest
 from zimage_engine.loading.lora_weight import LoraWeight, parse_lora
@@ -55,6 +56,19 @@ class Settings(BaseSettings):
     model: str | None = Field(
         default=None, description="Folder or hub id of the model to load; empty: the embedded demo model."
     )
+    # NoDecode: in the environment it may be NAME=PATH with commas between, and no JSON.
+    models: Annotated[tuple[ListedModel, ...], NoDecode] = Field(
+        default=(),
+        description="More models that requests may name: names with the folder, file or hub id of each, or "
+        "with path, aliases, family, base and dtype; as text NAME=PATH with commas, or JSON. They are loaded "
+        "when they are asked for.",
+    )
+    max_loaded_models: int | None = Field(
+        default=None,
+        ge=1,
+        description="Models that a worker has in memory at a time; the least recently used goes first; "
+        "empty: as many as fit.",
+    )
     family: str | None = Field(
         default=None,
         description="Kind of the model, such as sdxl, where its files do not tell; empty: recognised.",
@@ -73,6 +87,11 @@ class Settings(BaseSettings):
     loras: Annotated[tuple[LoraWeight, ...], NoDecode] = Field(
         default=(),
         description="LoRA files as PATH or PATH=WEIGHT (1 is as trained): a list, or text with commas.",
+    )
+    lora_folder: Path | None = Field(
+        default=None,
+        description="Folder whose .safetensors files requests may name as LoRAs; it is looked at anew for "
+        "each request. Empty: requests may name those of loras alone.",
     )
     dtype: Literal["auto", "bfloat16", "float32", "float16"] | None = Field(
         default=None,
@@ -290,8 +309,8 @@ class Settings(BaseSettings):
     )
     results_url: str | None = Field(
         default=None,
-        description="Where pictures that were asked for as url are kept, such as s3://bucket/prefix, for "
-        "servers on several machines; empty: a folder below data_dir.",
+        description="Where pictures that were asked for as url are kept, such as s3://bucket/prefix (extra "
+        "s3), for servers on several machines; empty: a folder below data_dir.",
     )
     result_seconds: float = Field(
         default=24 * 3600,
@@ -331,7 +350,9 @@ class Settings(BaseSettings):
         default=None, description="Secret that these are signed with: whsec_ and 24 to 64 bytes in base64."
     )
     webhook_private_addresses: bool = Field(
-        default=False, description="Let webhooks go to this machine and to addresses of private networks."
+        default=False,
+        description="Let callers name webhooks on this machine and in private networks; webhook_url may lead "
+        "there in any case.",
     )
     ui: bool = Field(default=True, description="Serve the page at /.")
     haproxy: bool | None = Field(
@@ -419,6 +440,13 @@ class Settings(BaseSettings):
                 "pip install 'zimage-turbo[tracing]', or leave the setting out"
             )
         return value.rstrip("/").removesuffix("/v1/traces")
+
+    @field_validator("lora_folder", mode="before")
+    @classmethod
+    def _empty_is_no_folder(cls, value: Any) -> Any:
+        """An empty string, as `ZIMAGE_LORA_FOLDER=` gives it, is no value."""
+        is_empty = value is None or (isinstance(value, str) and not value.strip())
+        return None if is_empty else Path(value).expanduser()
 
     @field_validator("data_dir", mode="before")
     @classmethod
@@ -517,6 +545,17 @@ class Settings(BaseSettings):
         return MemoryWishes(
             None if self.offload == "auto" else self.offload, self.vram, self.float8, self.quantize
         )
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _read_models(cls, value: Any) -> Any:
+        """A mapping, or text: a JSON object where it starts with a brace, else NAME=PATH with commas."""
+        return read_models(value)
+
+    @field_validator("max_loaded_models", mode="before")
+    @classmethod
+    def _empty_is_what_fits(cls, value: Any) -> Any:
+        return None if isinstance(value, str) and not value.strip() else value
 
     @field_validator("loras", mode="before")
     @classmethod

@@ -11,6 +11,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -20,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from serve_app.error_mapping import answer_for
 from serve_app.image_codec import ImageEncoding
 from serve_app.openai_schema import (
+    EditedPicture,
     ErrorResponse,
     ImageGenerationRequest,
     Picture,
@@ -43,10 +45,9 @@ BEAT_SECONDS = 10.0
 Tell = Callable[[bytes], None]
 
 
-class PartialImageEvent(BaseModel):
+class _PartialImage(BaseModel):
     """A preview: the picture that the drawing pointed to after a step. `size` is that of the preview."""
 
-    type: Literal["image_generation.partial_image"]
     partial_image_index: int
     b64_json: str
     created_at: int
@@ -56,10 +57,21 @@ class PartialImageEvent(BaseModel):
     output_format: str
 
 
-class CompletedEvent(Picture):
-    """The finished picture: OpenAI's fields, then those of a picture in a plain answer."""
+class PartialImageEvent(_PartialImage):
+    """A preview of a picture drawn from a prompt."""
 
-    type: Literal["image_generation.completed"]
+    type: Literal["image_generation.partial_image"]
+
+
+class EditPartialImageEvent(_PartialImage):
+    """A preview of a picture drawn from another one."""
+
+    type: Literal["image_edit.partial_image"]
+
+
+class _Completed(BaseModel):
+    """What the last event says of the whole answer."""
+
     created_at: int
     size: str
     quality: str
@@ -69,10 +81,35 @@ class CompletedEvent(Picture):
     usage: Usage
 
 
+class CompletedEvent(_Completed, Picture):
+    """The finished picture: OpenAI's fields, then those of a picture in a plain answer."""
+
+    type: Literal["image_generation.completed"]
+
+
+class EditCompletedEvent(_Completed, EditedPicture):
+    """The same of a picture drawn from another one."""
+
+    type: Literal["image_edit.completed"]
+
+
 class ErrorEvent(ErrorResponse):
     """The end of a stream whose picture could not be drawn."""
 
     type: Literal["error"]
+
+
+@dataclass(frozen=True, slots=True)
+class EventKind:
+    """OpenAI's word for what is streamed, before a dot in each event's type, and what the events hold."""
+
+    name: str
+    partial: type[BaseModel]
+    completed: type[BaseModel]
+
+
+GENERATION = EventKind("image_generation", PartialImageEvent, CompletedEvent)
+EDIT = EventKind("image_edit", EditPartialImageEvent, EditCompletedEvent)
 
 
 def event(payload: dict[str, Any]) -> bytes:
@@ -170,11 +207,12 @@ def picture_stream(
     asked: GenerationRequest,
     encoding: ImageEncoding,
     asked_by: str,
+    kind: EventKind = GENERATION,
 ) -> EventStream:
     """The answer to a request with `stream` true."""
 
     async def draw(tell: Tell) -> bytes:
-        teller = _Teller(wire, encoding, tell)
+        teller = _Teller(wire, encoding, tell, kind)
         previews = wire.partial_images or 0
         reply = await service.generate(
             asked,
@@ -185,7 +223,7 @@ def picture_stream(
             asked_by=asked_by,
             on_place=teller.placed,
         )
-        return event(_completed(wire, encoding, reply, service.count_tokens))
+        return event(_completed(wire, encoding, reply, service.token_counter(reply.report.model), kind))
 
     return EventStream(draw, lambda: service.rate_headers(asked_by))
 
@@ -196,10 +234,13 @@ class _Teller:
     Of a step drawn again there is no second preview.
     """
 
-    def __init__(self, wire: ImageGenerationRequest, encoding: ImageEncoding, tell: Tell) -> None:
+    def __init__(
+        self, wire: ImageGenerationRequest, encoding: ImageEncoding, tell: Tell, kind: EventKind
+    ) -> None:
         self._wire = wire
         self._encoding = encoding
         self._tell = tell
+        self._kind = kind
         self._first_step_at = 0.0
         self._previews = 0
         self._previewed_step = 0
@@ -223,7 +264,7 @@ class _Teller:
             return
         self._previewed_step = preview.progress.step
         payload = {
-            "type": "image_generation.partial_image",
+            "type": f"{self._kind.name}.partial_image",
             "partial_image_index": self._previews,
             "b64_json": base64.b64encode(preview.file).decode("ascii"),
             "created_at": int(time.time()),
@@ -241,29 +282,31 @@ def _completed(
     encoding: ImageEncoding,
     reply: WorkerReply,
     count_tokens: Callable[[str], int],
+    kind: EventKind,
 ) -> dict[str, Any]:
     answer = to_response(wire, encoding, reply.pictures, reply.report, count_tokens=count_tokens)
     (picture,) = answer.pop("data")
     return {
-        "type": "image_generation.completed",
+        "type": f"{kind.name}.completed",
         "created_at": answer.pop("created"),
         **answer,
         **picture,
     }
 
 
-def events_in_docs() -> dict[str, Any]:
+def events_in_docs(kind: EventKind = GENERATION) -> dict[str, Any]:
     """What /openapi.json says of the stream: each event's data, and how a stream looks."""
     common = {"size": "256x256", "quality": "high", "background": "opaque", "output_format": "png"}
     partial = {
-        "type": "image_generation.partial_image",
+        "type": f"{kind.name}.partial_image",
         "partial_image_index": 0,
         "b64_json": "iVBORw0KGgo...",
         "created_at": 1790000000,
         **common,
     }
+    read_tokens = 256 if kind is EDIT else 0
     completed = {
-        "type": "image_generation.completed",
+        "type": f"{kind.name}.completed",
         "b64_json": "iVBORw0KGgo...",
         "created_at": 1790000000,
         **common,
@@ -276,15 +319,16 @@ def events_in_docs() -> dict[str, Any]:
         "refined": False,
         "warnings": [],
         "loras": [],
+        **({"strength": 0.65, "steps_run": 5} if kind is EDIT else {}),
         "usage": {
-            "input_tokens": 3,
-            "input_tokens_details": {"text_tokens": 3, "image_tokens": 0},
+            "input_tokens": 3 + read_tokens,
+            "input_tokens_details": {"text_tokens": 3, "image_tokens": read_tokens},
             "output_tokens": 256,
-            "total_tokens": 259,
+            "total_tokens": 259 + read_tokens,
         },
     }
     said = (comment("step 2/8, 0.9 seconds left"), event(partial), event(completed))
-    rows = ((PartialImageEvent, partial), (CompletedEvent, completed), (ErrorEvent, None))
+    rows = ((kind.partial, partial), (kind.completed, completed), (ErrorEvent, None))
     return {
         "schema": {"anyOf": [_event_schema(_schema(model, example)) for model, example in rows]},
         "example": b"".join(said).decode(),

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,8 @@ from serve_app.image_codec import ImageEncoding, encode, encode_preview, facts_o
 from serve_app.live_settings import InForce, at_start
 from serve_app.logs import in_trace, log_to_terminal, trace_id_of_request
 from serve_app.metrics import MemoryFigures, WorkerMetrics
+from serve_app.model_list import DEFAULT_NAMES, ListedModel, ModelState
+from serve_app.model_pool import ModelPool, PoolFigures
 from serve_app.replica import end_replica, replica_name
 from serve_app.settings import Settings
 from serve_app.worker_reply import DrawingBegan, Preview, WorkerReply, WorkerTimes, WorkerUnfit
@@ -33,6 +35,7 @@ from zimage_engine.types import (
     DeviceStatus,
     GenerationRequest,
     GenerationResult,
+    LoraOffer,
     ModelDescription,
     StepProgress,
 )
@@ -46,7 +49,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Publish = Callable[[DrawingBegan | StepProgress], Any]
+#: What it answers is waited for before the drawing begins.
+Publish = Callable[[DrawingBegan | StepProgress], Awaitable[None] | None]
+#: What hears of the latents that an engine draws.
+Shows = Callable[["Engine"], OnLatents]
 
 #: How long the answers of a worker whose device has failed may take to be on their way, and to arrive.
 LEAVE_SECONDS = 5.0
@@ -73,14 +79,30 @@ class ImageWorker:
         self._in_force = InForce(at_start(settings))
         loop = asyncio.get_running_loop()
         began = time.perf_counter()
-        self._engine: Engine = await loop.run_in_executor(self._device_thread, _load_engine, settings)
-        loaded_seconds, repairs = time.perf_counter() - began, len(self._engine.repairs)
-        self._description = self._engine.description
+        engine: Engine = await loop.run_in_executor(self._device_thread, _load_engine, settings)
+        loaded_seconds, repairs = time.perf_counter() - began, len(engine.repairs)
+        self._description = engine.description
         self._metrics = WorkerMetrics(replica_name(), self._description, loaded_seconds, repairs)
+        self._pool = ModelPool(
+            engine,
+            settings.models,
+            partial(_load_listed, settings),
+            self._turn,
+            self._device_thread,
+            worker=replica_name(),
+            most=settings.max_loaded_models,
+            on_change=self._models_changed,
+            on_device_failure=self._give_up,
+        )
+        self._tell_serve = _teller(settings)
 
     async def reconfigure(self, user_config: Any) -> None:
         """Called by Serve with a new `user_config`, also while one is drawn: it holds for the next."""
         self._in_force = self._in_force.after(user_config, self._settings, "ImageWorker")
+
+    async def has_refused_settings(self) -> bool:
+        """Whether the last `user_config` could not be used, and what held before it still holds."""
+        return bool(self._in_force.refusal)
 
     async def generate(
         self, request: GenerationRequest, encoding: ImageEncoding, trace_id: str = ""
@@ -93,21 +115,28 @@ class ImageWorker:
             return await self._draw(request, encoding, lambda progress: None)
 
     async def generate_streaming(
-        self, request: GenerationRequest, encoding: ImageEncoding, previews: int = 0, trace_id: str = ""
+        self,
+        request: GenerationRequest,
+        encoding: ImageEncoding,
+        previews: int = 0,
+        trace_id: str = "",
+        tell_first: bool = False,
     ) -> AsyncIterator[DrawingBegan | StepProgress | Preview | WorkerReply]:
         """As `generate`, with a DrawingBegan when its turn is and a StepProgress after each step before it.
 
-        `previews` of the steps are followed by a Preview; by fewer where some cannot be made.
+        `previews` of the steps are followed by a Preview; by fewer where some cannot be made. With
+        `tell_first` the DrawingBegan has time to arrive before anything is drawn: what may end this process.
         """
         told: asyncio.Queue[DrawingBegan | StepProgress | Future[Preview] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def publish(item: DrawingBegan | StepProgress | Future[Preview]) -> None:
+        def publish(item: DrawingBegan | StepProgress | Future[Preview]) -> Awaitable[None] | None:
             loop.call_soon_threadsafe(told.put_nowait, item)
+            return asyncio.sleep(ANSWER_SECONDS) if tell_first and isinstance(item, DrawingBegan) else None
 
-        on_latents = self._previewing(previews, encoding, publish) if previews else None
+        shows = self._previewing(previews, encoding, publish) if previews else None
         with in_trace(trace_id):  # which the new task keeps
-            drawing = asyncio.ensure_future(self._draw(request, encoding, publish, on_latents))
+            drawing = asyncio.ensure_future(self._draw(request, encoding, publish, shows))
         drawing.add_done_callback(lambda _: told.put_nowait(None))
         try:
             while (item := await told.get()) is not None:
@@ -122,23 +151,50 @@ class ImageWorker:
                 drawing.cancel()
                 await _until_done(drawing)
 
+    async def name(self) -> str:
+        """Whom a DrawingBegan names."""
+        return replica_name()
+
     async def describe(self) -> ModelDescription:
         """What this worker loaded. Raises WorkerUnfit where it can draw no more."""
         self._must_be_fit()
         return self._description
 
+    async def model_states(self) -> list[ModelState]:
+        """What is to be told of each model that requests can name, the default one first."""
+        self._must_be_fit()
+        return self._pool.states()
+
+    async def load_soon(self, model: str, worker: str) -> None:
+        """Begin to load the model where this is the worker that is meant; returns at once."""
+        if worker == replica_name():
+            self._must_be_fit()
+            self._pool.load_soon(model)
+
+    async def loras_offered(self, model: str = "") -> tuple[LoraOffer, ...] | None:
+        """The LoRAs that requests for a model ("": the default one) may name; None where it is not loaded."""
+        self._must_be_fit()
+        names = {name: state.id for state in self._pool.states() for name in (state.id, *state.aliases)}
+        wanted = names.get(model, self._description.id if model in ("", *DEFAULT_NAMES) else model)
+        engine = next((each for each in self._pool.engines if each.description.id == wanted), None)
+        return None if engine is None else await asyncio.to_thread(engine.loras_offered)
+
     async def device_status(self) -> DeviceStatus:
         """The device's memory now. Raises DeviceFailed where the device is lost, WorkerUnfit from then on."""
         self._must_be_fit()
         try:
-            return self._engine.device_status()
+            for engine in self._pool.engines:
+                return engine.device_status()
+            # Between one that went and one that comes.
+            return _status_without_a_model(self._description.device)
         except DeviceFailed as failed:
             self._give_up(failed)
             raise
 
     async def metrics_text(self) -> str:
         """This worker's metrics in Prometheus' text form."""
-        figures = _memory_figures(self._engine.memory_report())
+        reports = [engine.memory_report() for engine in self._pool.engines]
+        figures = _memory_figures(reports, self._pool.figures)
         return self._metrics.text(await self.device_status(), figures, _store_bytes())
 
     async def check_health(self) -> None:
@@ -169,31 +225,39 @@ class ImageWorker:
         if isinstance(failed, DeviceFailed):
             self._give_up(failed)
 
+    def _models_changed(self) -> None:
+        """A model has come or gone, or could not be loaded."""
+        there = [engine.description for engine in self._pool.engines]
+        self._metrics.set_models(there, self._pool.figures.load_seconds)
+
     def _previewing(
         self, previews: int, encoding: ImageEncoding, publish: Callable[[Future[Preview]], Any]
-    ) -> OnLatents:
+    ) -> Shows:
         """Publishes a preview after some of the steps; packing it into a file holds up no drawing."""
         from zimage_engine.sampling.preview import preview_steps
 
-        def on_latents(progress: StepProgress, latents: torch.Tensor) -> None:
-            if progress.step not in preview_steps(progress.steps, previews):
-                return
-            image = self._engine.preview(latents)
-            if image is not None:
-                publish(self._encoders.submit(_packed, progress, image, encoding))
+        def shows(engine: Engine) -> OnLatents:
+            def on_latents(progress: StepProgress, latents: torch.Tensor) -> None:
+                if progress.step not in preview_steps(progress.steps, previews):
+                    return
+                image = engine.preview(latents)
+                if image is not None:
+                    publish(self._encoders.submit(_packed, progress, image, encoding))
 
-        return on_latents
+            return on_latents
+
+        return shows
 
     async def _draw(
         self,
         request: GenerationRequest,
         encoding: ImageEncoding,
         publish: Publish,
-        on_latents: OnLatents | None = None,
+        shows: Shows | None = None,
     ) -> WorkerReply:
         self._asked += 1
         try:
-            return await self._draw_alone(request, encoding, publish, on_latents)
+            return await self._draw_alone(request, encoding, publish, shows)
         finally:
             self._asked -= 1
 
@@ -202,14 +266,30 @@ class ImageWorker:
         request: GenerationRequest,
         encoding: ImageEncoding,
         publish: Publish,
-        on_latents: OnLatents | None,
+        shows: Shows | None,
     ) -> WorkerReply:
         """When its turn is; until then it can be handed to another worker at no cost."""
+        self._must_be_fit()
+        await self._tell_serve(request.model or self._description.id)
+        async with self._pool.leased(request.model) as engine:
+            result, began_at, steps = await self._drawn_by(engine, request, publish, shows)
+        # What packing takes, the model need not stay for.
+        del engine
+        reply = await asyncio.get_running_loop().run_in_executor(self._encoders, _encoded, result, encoding)
+        if not trace_id_of_request():
+            return reply
+        return replace(reply, times=WorkerTimes(replica_name(), began_at, tuple(steps), time.time()))
+
+    async def _drawn_by(
+        self, engine: Engine, request: GenerationRequest, publish: Publish, shows: Shows | None
+    ) -> tuple[GenerationResult, float, list[tuple[int, int, float]]]:
+        """What was drawn, when that began, and each step's end."""
         loop = asyncio.get_running_loop()
         steps: list[tuple[int, int, float]] = []
         async with self._turn:
             self._must_be_fit()
-            publish(DrawingBegan())
+            if (word := publish(DrawingBegan(replica_name()))) is not None:
+                await word
             self._metrics.set_busy(True)
             began_at = time.time()
 
@@ -219,9 +299,11 @@ class ImageWorker:
                 publish(progress)
 
             seconds = self._in_force.live.drawing_seconds
-            control = DrawingControl(seconds, on_step=stepped, on_latents=on_latents)
+            control = DrawingControl(
+                seconds, on_step=stepped, on_latents=None if shows is None else shows(engine)
+            )
             # With this request's context, so that what the engine logs tells its id.
-            draw = partial(contextvars.copy_context().run, self._engine.generate, request, control=control)
+            draw = partial(contextvars.copy_context().run, engine.generate, request, control=control)
             drawing = loop.run_in_executor(self._device_thread, draw)
             drawing.add_done_callback(self._look_for_failure)
             try:
@@ -232,10 +314,7 @@ class ImageWorker:
                 raise
             finally:
                 self._metrics.set_busy(False)
-        reply = await loop.run_in_executor(self._encoders, _encoded, result, encoding)
-        if not trace_id_of_request():
-            return reply
-        return replace(reply, times=WorkerTimes(replica_name(), began_at, tuple(steps), time.time()))
+        return result, began_at, steps
 
 
 async def _until_done(future: asyncio.Future[Any]) -> None:
@@ -287,28 +366,90 @@ def _load_engine(settings: Settings) -> Engine:
         text_encoder=settings.text_encoder,
         vae=settings.vae,
         loras=settings.loras,
+        lora_folder=settings.lora_folder,
         dtype=settings.dtype,
         memory=settings.memory,
         embedding_cache_bytes=settings.embedding_cache,
     )
 
 
-def _memory_figures(report: MemoryReport) -> MemoryFigures:
-    """What is counted of the engine's memory; what the device does not tell is left out."""
-    seen = report.snapshot
+def _load_listed(settings: Settings, model: ListedModel) -> Engine:
+    """Load one of the operator's list, or the default model again, under its name in the list."""
+    from zimage_engine import Engine
+
+    if not model.path:
+        return _load_engine(settings)
+    engine = Engine.load(
+        model.path,
+        settings.device,
+        family=model.family,
+        base=model.base,
+        lora_folder=settings.lora_folder,
+        dtype=model.dtype or settings.dtype,
+        memory=settings.memory,
+        embedding_cache_bytes=settings.embedding_cache,
+    )
+    engine.description = replace(engine.description, id=model.name)
+    return engine
+
+
+def _teller(settings: Settings) -> Callable[[str], Awaitable[str]]:
+    """Tells Serve which models are here, so that it hands requests for one to a worker that has it.
+
+    Serve keeps the last that were asked for, as many as may be in memory; which are there in truth, the pool
+    decides, which knows what is being drawn with.
+    """
+
+    async def noted(model: str) -> str:
+        return model
+
+    if not settings.models or replica_name() == "local":
+        return noted
+    from ray import serve
+
+    most = settings.max_loaded_models or len(settings.models) + 1
+    told: Callable[[str], Awaitable[str]] = serve.multiplexed(noted, max_num_models_per_replica=most)
+    return told
+
+
+def _status_without_a_model(device: str) -> DeviceStatus:
+    from zimage_engine.memory.snapshot import device_status
+    from zimage_engine.sampling.device_failure import device_failures_named
+
+    with device_failures_named(device):
+        return device_status(device)
+
+
+def _memory_figures(reports: list[MemoryReport], gone: PoolFigures) -> MemoryFigures:
+    """What is counted of the engines' memory, and the plan of the last used; what the device does not tell is
+    left out, and so is all of it for the moment in which no model is there.
+    """
+    counted = PoolFigures(loads=gone.loads, unloads=gone.unloads)
+    counted.defrags, counted.ooms = gone.defrags.copy(), gone.ooms.copy()
+    counted.defrag_seconds = gone.defrag_seconds
+    for report in reports:
+        counted.remember(report)
+    figures = MemoryFigures(
+        defrags=counted.defrags,
+        defrag_seconds=counted.defrag_seconds,
+        ooms=counted.ooms,
+        model_loads=gone.loads,
+        model_unloads=gone.unloads,
+    )
+    if not reports:
+        return figures
+    seen, plan = reports[0].snapshot, reports[0].plan
     sizes = {
         "free": seen.free_bytes,
         "allocated": seen.allocated_bytes,
         "reserved": seen.reserved_bytes,
         "peak": seen.peak_allocated_bytes,
     }
-    return MemoryFigures(
+    return replace(
+        figures,
         bytes_by_kind={kind: size for kind, size in sizes.items() if size is not None},
         fragmentation_ratio=seen.fragmentation_ratio,
-        offload_mode=None if report.plan is None else report.plan.residency.value,
-        defrags=report.defrags,
-        defrag_seconds=report.defrag_seconds,
-        ooms={(str(stage), str(rung)): events for (stage, rung), events in report.ooms.items()},
+        offload_mode=None if plan is None else plan.residency.value,
     )
 
 

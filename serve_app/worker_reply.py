@@ -22,7 +22,9 @@ class WorkerTimes:
 
 @dataclass(frozen=True)
 class DrawingBegan:
-    """The worker has begun with this request: what becomes of it from now on becomes of its drawing."""
+    """The worker of that name has begun with this request; what happens to it now happens to its drawing."""
+
+    worker: str = ""
 
 
 class WorkerUnfit(Exception):

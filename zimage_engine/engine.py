@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from zimage_engine import cpu
 from zimage_engine.dtype_choice import choice_of_dtype
-from zimage_engine.errors import DoesNotFit, OutOfMemory
+from zimage_engine.errors import CheckpointError, DoesNotFit, InvalidRequest, OutOfMemory
 from zimage_engine.families import ModelFamily
 from zimage_engine.loading.adapter import ModelLoaderAdapter
 from zimage_engine.loading.describe import describe, max_tokens
-from zimage_engine.loading.lora import replace_loras
+from zimage_engine.loading.lora import lora_checker
+from zimage_engine.loading.lora_folder import LoraFolder, reason_without_path
 from zimage_engine.loading.lora_layouts import check_loras
+from zimage_engine.loading.lora_shelf import LoraShelf, WantedLora, wanted_loras
 from zimage_engine.loading.lora_weight import LoraWeight
-from zimage_engine.loading.provenance import digest_of, drawn_with
+from zimage_engine.loading.provenance import drawn_with
 from zimage_engine.memory.oom import MemoryReport
 from zimage_engine.memory.planner import title
 from zimage_engine.memory.quantize import check_quantisation, quiet_torchao
@@ -57,6 +59,7 @@ from zimage_engine.types import (
     GenerationReport,
     GenerationRequest,
     GenerationResult,
+    LoraOffer,
     LoraUse,
     MemoryUse,
     ModelDescription,
@@ -110,6 +113,7 @@ class Engine:
         device: str,
         memory: MemoryWishes | None = None,
         embedding_cache_bytes: int = EMBEDDING_CACHE_BYTES,
+        lora_folder: str | Path | None = None,
     ) -> None:
         """Take over a verified pipeline; `Engine.load` is the usual way here.
 
@@ -123,6 +127,11 @@ class Engine:
         self._embeddings = EmbeddingCache(embedding_cache_bytes) if embedding_cache_bytes else None
         self._guarded = GuardedPipeline(pipeline, family, self._clock, self._embeddings)
         self._keeper = keeper_for(self.pipeline, family, device, memory or MemoryWishes())
+        self._shelf = LoraShelf(self.pipeline, self._keeper.weights_change)
+        folder = None if lora_folder is None else Path(lora_folder).expanduser()
+        self._folder = LoraFolder(folder, lora_checker(self.pipeline))
+        #: What requests that name no LoRAs are drawn with.
+        self._default_loras: tuple[WantedLora, ...] = ()
         self._loras: tuple[LoraUse, ...] = ()
         #: The repairs that the checkpoint needed to be loaded, by name.
         self.repairs: tuple[str, ...] = ()
@@ -142,6 +151,7 @@ class Engine:
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
         loras: Sequence[LoraWeight] = (),
+        lora_folder: str | Path | None = None,
         dtype: str | None = None,
         memory: MemoryWishes | None = None,
         offload: str | None = None,
@@ -152,7 +162,8 @@ class Engine:
 
         `family` says what kind of model it is where the files do not; `base` is a folder or hub id that
         supplies what a single file lacks, `text_encoder` and `vae` are folders or files with that one part.
-        `loras` are put on as by `set_loras`. `dtype` is "bfloat16", "float32" or "float16", None the family's
+        `loras` are put on as by `set_loras`; requests may name these, and the files of `lora_folder`.
+        `dtype` is "bfloat16", "float32" or "float16", None the family's
         own; DtypeRefused with the reason where the model does not bear it. "auto" is float32 on a processor
         that was measured to be clearly faster in it and has the memory, else bfloat16; None means that too on
         a processor without instructions for bfloat16.
@@ -185,7 +196,13 @@ class Engine:
         choice = choice_of_dtype(dtype, chosen, source)
         adapter = source(dtype=dtype if choice is None else choice.dtype)
         engine = cls(
-            adapter.load(), adapter.family, _model_id(path_or_id), chosen, memory, embedding_cache_bytes
+            adapter.load(),
+            adapter.family,
+            _model_id(path_or_id),
+            chosen,
+            memory,
+            embedding_cache_bytes,
+            lora_folder,
         )
         if choice is not None:
             engine.description = replace(engine.description, dtype_because=choice.because)
@@ -197,7 +214,7 @@ class Engine:
 
     @property
     def loras(self) -> tuple[LoraUse, ...]:
-        """The LoRAs in force, in the order in which they were given."""
+        """The LoRAs that requests which name none are drawn with, in the order in which they were given."""
         return self._loras
 
     def set_loras(self, loras: Sequence[LoraWeight]) -> tuple[LoraUse, ...]:
@@ -209,13 +226,50 @@ class Engine:
         check_loras(loras)
         if self._embeddings is not None:  # its keys do not tell what is adapted, and by what
             self._embeddings.clear()
-        with self._keeper.weights_change():
-            reports = replace_loras(self.pipeline, loras)
-        self._loras = tuple(
-            LoraUse(lora.path.name, lora.weight, report.adapted_modules, digest_of([lora.path]))
-            for lora, report in zip(loras, reports, strict=True)
-        )
+        wanted = wanted_loras(loras)
+        pinned = {each.key for each in self._default_loras}
+        # First what is new beside what is there, so that an error leaves that.
+        self._shelf.put_on(wanted, pinned)
+        self._shelf.put_on(wanted, keep_others=False)
+        self._default_loras, self._loras = wanted, self._shelf.uses()
+        self._folder.also(loras)
         return self._loras
+
+    def loras_offered(self) -> tuple[LoraOffer, ...]:
+        """The LoRAs that a request may name, as they are now, and those that it may not, with the reason.
+
+        For any thread, also while a picture is drawn.
+        """
+        return self._folder.offers()
+
+    def _wanted_loras(self, request: GenerationRequest) -> tuple[WantedLora, ...]:
+        """What the request is drawn with. Raises InvalidRequest."""
+        if request.loras is None:
+            return self._default_loras
+        found = self._folder.find(request.loras)
+        defaults = {each.lora.path: each.key for each in self._default_loras}
+        try:
+            # A default that was exchanged on the disk meanwhile is still the one of the start.
+            return tuple(
+                WantedLora(defaults[lora.path], lora) if lora.path in defaults else wanted_loras([lora])[0]
+                for lora in found
+            )
+        except (CheckpointError, OSError) as error:
+            raise InvalidRequest("a LoRA that was asked for has just gone; send it again", "loras") from error
+
+    def _put_on(self, wanted: tuple[WantedLora, ...]) -> None:
+        """Let these act alone, whatever did before. Raises InvalidRequest for one that does not fit."""
+        try:
+            changes_text = self._shelf.put_on(wanted, {each.key for each in self._default_loras})
+        except (CheckpointError, OSError) as error:
+            reason = str(error)
+            for each in wanted:
+                reason = reason_without_path(error, each.lora.path.stem, each.lora.path)
+                if reason != str(error):
+                    break
+            raise InvalidRequest(f"a LoRA cannot be used with this model: {reason}", "loras") from error
+        if changes_text and self._embeddings is not None:
+            self._embeddings.clear()
 
     def place(self) -> None:
         """Bring the weights to where a picture of the model's own size wants them: the first is quick then.
@@ -268,11 +322,13 @@ class Engine:
         """
         started = time.perf_counter()
         plan = resolve(request, self.description)
+        wanted = self._wanted_loras(request)
         source = None if request.image is None else prepared(request.image, plan.width_px, plan.height_px)
         enhancement = self._enhance(plan, request.enhance and bool(plan.prompt))
         plan = plan.with_prompts(enhancement)
         reins = _Reins(control or DrawingControl(), on_step, plan)
         reins.check()
+        self._put_on(wanted)
         room = Room(self._keeper, lambda: self._guarded.stage)
         with room.for_request(plan.width_px, plan.height_px, plan.guidance_scale > 1.0):
             embeddings = room.made_for(lambda: self._guarded.encode(plan, self._max_tokens))
@@ -293,7 +349,7 @@ class Engine:
         To be called from within a control's `on_latents`, with its latents. The finished picture is bit for
         bit the one that is drawn without.
         """
-        return preview(self.pipeline, latents)
+        return preview(self._guarded.at_work, latents)
 
     def _enhance(self, plan: SamplingPlan, wanted: bool) -> EnhancedPrompt:
         if not wanted:
@@ -388,7 +444,7 @@ class Engine:
             pictures=reports,
             warnings=plan.warnings + self._naming_the_word(embeddings.warnings, plan),
             memory=memory,
-            loras=self._loras,
+            loras=self._shelf.uses(),
             prompt_cache=embeddings.cache,
             edit=None if plan.edit is None else _use_of(plan.edit),
             identity=self.identity,

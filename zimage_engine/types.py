@@ -31,14 +31,41 @@ class SourcePicture:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraChoice:
+    """A LoRA by the name that it is offered under, and how strongly it acts: 1 as trained, 0 not at all."""
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoraOffer:
+    """A LoRA that may be asked for by name, or why not: `refusal` is "" where it fits the model.
+
+    `made_for` is a clause for a person, "" where the file tells nothing. `trigger_words` and `usage_hint` are
+    its author's, where the file has them. `digest` is as in `LoraUse`.
+    """
+
+    name: str
+    size_bytes: int
+    refusal: str = ""
+    made_for: str = ""
+    digest: str = ""
+    trigger_words: tuple[str, ...] = ()
+    usage_hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What the caller asked; None means that the family's default is wanted.
 
     `width` and `height` are pixels. `guidance_scale` is the conventional w: 1 (or 0) is off.
     Picture i of `n` is drawn from `seed + i`, so that each can be drawn again on its own.
     `refine` strengthens fine detail of the finished picture; None means where `enhance` is on.
-    With `image` that picture is drawn anew, as far as `strength` says: above 0, hardly; 1, as if it were not
-    there. The prompt may be empty then, and the size is by default that of the picture.
+    With `image` that picture is drawn anew, as far as `strength` says: above 0, hardly; 1, from noise alone
+    where it is drawn anew (SDXL's start keeps a trace of it; a mask's surroundings are looked at). The prompt
+    may be empty then, and the size is by default that of the picture.
+    `loras` are drawn with in place of those that the engine was loaded with; none of them: with none.
     """
 
     prompt: str
@@ -53,6 +80,9 @@ class GenerationRequest:
     refine: bool | None = None
     image: SourcePicture | None = None
     strength: float | None = None
+    loras: tuple[LoraChoice, ...] | None = None
+    #: Which of several models is to draw it, for whoever has several; an engine has one, and draws with it.
+    model: str | None = None
 
 
 #: What a word of a prompt speaks of.
@@ -215,7 +245,7 @@ class PictureReport:
 class LoraUse:
     """A LoRA that was in force: its file's name, how strongly it acted, how many modules it adapted.
 
-    `digest` is 32 hex digits of its content, "" where that is not known.
+    `digest` is 32 hex digits of its content, as in `ModelIdentity`, "" where that is not known.
     """
 
     name: str
@@ -228,6 +258,8 @@ class LoraUse:
 class ModelIdentity:
     """What a model is made of. `digest` is 32 hex digits of its files' content, "" where that is not known.
 
+    Of large files the size and samples are taken and not every byte: it tells files that differ by chance
+    apart, and is no proof against those that were made to look the same.
     `revision` is the commit of the hub that it came from, None for files from elsewhere; `repairs` are the
     names of what was mended to load it.
     """

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import httpx
 from sqlalchemy.exc import SQLAlchemyError
 
 from serve_app.jobs.runner import AGAIN_SECONDS, InThread
@@ -31,11 +30,19 @@ class Courier:
         in_thread: InThread,
         private_allowed: bool,
         backoff: Sequence[float] = BACKOFF_SECONDS,
+        tell: Callable[[str], None] = lambda outcome: None,
+        operators: Target | None = None,
     ) -> None:
+        """`tell` is called with "delivered", "again" or "given_up" after each try.
+
+        The operator's own webhook may go to a private address whatever those of callers may.
+        """
         self._store = store
         self._in_thread = in_thread
         self._private_allowed = private_allowed
         self._backoff = backoff
+        self._tell = tell
+        self._operators = operators
 
     async def run(self) -> None:
         """Send until cancelled."""
@@ -53,20 +60,17 @@ class Courier:
             except SQLAlchemyError:
                 logger.warning("the database of webhooks does not answer; trying again")
                 await asyncio.sleep(AGAIN_SECONDS)
+            except Exception:  # whatever it is, the other webhooks are not to wait for ever
+                logger.exception("a webhook could not be seen to; trying again")
+                await asyncio.sleep(AGAIN_SECONDS)
             await asyncio.sleep(POLL_SECONDS)
 
     async def _send(self, delivery: Delivery) -> None:
         target = Target(delivery.url, delivery.secret)
+        private_allowed = self._private_allowed or target == self._operators
         try:
-            await send(target, delivery.id, delivery.body.encode(), self._private_allowed)
-        except (
-            AddressRefused,
-            OSError,
-            TimeoutError,
-            httpx.HTTPError,
-            httpx.InvalidURL,
-            ValueError,
-        ) as error:
+            await send(target, delivery.id, delivery.body.encode(), private_allowed)
+        except Exception as error:  # of the network, of the address, of libraries: it was not delivered
             said = f"{type(error).__name__}: {error}"[:200]
             again = None
             if not isinstance(error, AddressRefused) and delivery.tries <= len(self._backoff):
@@ -74,6 +78,10 @@ class Courier:
             if again is None:
                 # The address may hold a secret of its own, so the log does not have it.
                 logger.warning("webhook %s is given up after %d tries: %s", delivery.id, delivery.tries, said)
+            else:
+                logger.info("webhook %s is sent again in %g s: %s", delivery.id, again, said)
             await self._in_thread(self._store.not_delivered, delivery.id, said, again)
+            self._tell("given_up" if again is None else "again")
         else:
             await self._in_thread(self._store.delivered, delivery.id)
+            self._tell("delivered")

@@ -7,31 +7,46 @@ refused, and the log says so once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
-from serve_app import openai_schema as schema
 from serve_app.error_mapping import SERVER, RequestRefused
-from serve_app.jobs import idempotency
+from serve_app.jobs import idempotency, operations
 from serve_app.jobs.courier import Courier
 from serve_app.jobs.runner import JobRunner, remove_files
-from serve_app.jobs.store import JOB, Job, JobEvent, JobStore, KeyReused, Limits, NewJob, TooManyJobs
-from serve_app.jobs.tables import StoreUnusable, open_database
+from serve_app.jobs.store import (
+    ANSWER,
+    JOB,
+    Job,
+    JobEvent,
+    JobStore,
+    KeyReused,
+    Limits,
+    NewJob,
+    NoRoomForSources,
+    TooManyJobs,
+)
+from serve_app.jobs.tables import GENERATIONS, StoreUnusable, open_database
 from serve_app.jobs.webhook import Target, parse_target
+from serve_app.queueing import QueueFull
 from serve_app.replica import replica_name
 from serve_app.results import ResultStore
 from serve_app.service import ImageService, work_of
 from serve_app.settings import Settings
+from zimage_engine.errors import DeadlineExceeded, InvalidRequest
 from zimage_engine.sampling.plan import resolve
 
 logger = logging.getLogger(__name__)
@@ -41,6 +56,8 @@ THREADS = 4
 #: Between two tries to open a database that could not be opened.
 REOPEN_SECONDS = 10.0
 FORGET_SECONDS = 60.0
+#: Between two counts of the jobs for their metrics.
+COUNT_SECONDS = 5.0
 #: How long after a change in another ingress it is seen here at the latest.
 LOOK_SECONDS = 0.5
 
@@ -52,6 +69,15 @@ class Asker:
     owner: str
     line: str
     sees_all: bool = False
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """One who waits for the job behind an Idempotency-Key; `size` is caller, work and pictures."""
+
+    key: tuple[str, str]
+    size: tuple[str, float, int] | None = None
+    job: str = ""
 
 
 class JobDesk:
@@ -70,23 +96,59 @@ class JobDesk:
         self._tried_at = float("-inf")
         self._refused: str | None = None
         self._change = asyncio.Event()
+        self._is_holding = self._is_closed = False
+        self._waiting: list[_Waiting] = []
+        #: Set when a job that somebody waits for may have ended; forgotten with the last who waits.
+        self._ends: weakref.WeakValueDictionary[str, asyncio.Event] = weakref.WeakValueDictionary()
+        self._watching: asyncio.Task[None] | None = None
 
     # --- life --------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begin to draw what is there. Does not raise: who asks is told why there are no jobs."""
+        """Begin to draw what is there, as soon as the database can be opened.
+
+        Does not raise: who asks is told why there are no jobs.
+        """
+        self._is_holding = self._is_closed = False
         try:
             await self._opened()
         except RequestRefused:
-            return
+            reopening = asyncio.create_task(self._open_at_last(), context=contextvars.Context())
+            self._tasks.append(reopening)
+
+    async def _open_at_last(self) -> None:
+        while self._store is None:
+            await asyncio.sleep(REOPEN_SECONDS)
+            try:
+                await self._opened()
+            except RequestRefused:
+                continue
+            except Exception:  # as in `_forget_for_ever`
+                logger.exception("the database of jobs could not be opened; trying again")
+
+    def hold(self) -> None:
+        """Begin with no job any more; those that are being drawn are drawn to their end.
+
+        Who waits for one that nobody draws is told to come again.
+        """
+        self._is_holding = True
+        if self._runner is not None:
+            self._runner.hold()
+        self._wake_those_who_wait()
 
     async def close(self) -> None:
         """Stop drawing; what was being drawn is there for whoever comes next."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        self._tasks = []
+        self.hold()
+        tasks = [*self._tasks, *([] if self._watching is None else [self._watching])]
+        pending = set(tasks)
+        while pending:
+            # Again and again: what waits for Ray may take one for its own.
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=1.0)
+        self._tasks, self._watching = [], None
+        self._is_closed = True
+        self._wake_those_who_wait()
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -137,22 +199,37 @@ class JobDesk:
         self._refused = refused
 
     def _open_store(self) -> JobStore:
+        operators = self._operators_webhook()
+        told = None if operators is None else (operators.url, operators.secret)
         url = self._settings.jobs_url
         if url is not None:
-            return JobStore(open_database(url.get_secret_value()))
+            return JobStore(open_database(url.get_secret_value()), webhook_of_all=told)
         file = self._settings.data_dir / "jobs.sqlite3"
-        return JobStore(open_database(URL.create("sqlite", database=str(file))))
+        return JobStore(open_database(URL.create("sqlite", database=str(file))), webhook_of_all=told)
 
     def _begin(self, store: JobStore) -> None:
         owner = f"{replica_name()}-{secrets.token_hex(4)}"
         self._runner = JobRunner(
             self._service, store, self._results, self._in_thread, owner, self._has_changed
         )
-        courier = Courier(store, self._in_thread, self._settings.webhook_private_addresses)
+        if self._is_holding:
+            self._runner.hold()
+        courier = Courier(
+            store,
+            self._in_thread,
+            self._settings.webhook_private_addresses,
+            tell=self._service.metrics.record_delivery,
+            operators=self._operators_webhook(),
+        )
         # Each in a context of its own: Serve ends with a request whatever was begun in its context.
-        self._tasks = [
+        self._tasks += [
             asyncio.create_task(work, context=contextvars.Context())
-            for work in (self._runner.run(), courier.run(), self._forget_for_ever(store))
+            for work in (
+                self._runner.run(),
+                courier.run(),
+                self._forget_for_ever(store),
+                self._count_for_ever(store),
+            )
         ]
 
     async def _forget_for_ever(self, store: JobStore) -> None:
@@ -160,9 +237,15 @@ class JobDesk:
             try:
                 for result in await self._in_thread(store.forget, self._settings.job_seconds):
                     await remove_files(self._results, json.loads(result))
-            except SQLAlchemyError:
-                logger.warning("old jobs could not be removed; trying again")
+            except Exception:  # whatever it is, the next are not to stay for ever
+                logger.warning("old jobs could not be removed; trying again", exc_info=True)
             await asyncio.sleep(FORGET_SECONDS)
+
+    async def _count_for_ever(self, store: JobStore) -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                self._service.metrics.show_jobs(*await self._in_thread(store.census))
+            await asyncio.sleep(COUNT_SECONDS)
 
     async def _in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
@@ -198,25 +281,97 @@ class JobDesk:
     # --- callers -----------------------------------------------------------------------------------------
 
     async def accept(
-        self, payload: Mapping[str, Any], asker: Asker, key: str | None, kind: str = JOB
+        self,
+        payload: Mapping[str, Any],
+        asker: Asker,
+        key: str | None,
+        kind: str = JOB,
+        operation: str = GENERATIONS,
+        files: operations.Files = MappingProxyType({}),
     ) -> tuple[Job, bool]:
-        """The job of this body, on disk, and whether it is new. Raises what a plain request for it would."""
+        """The job of this body, on disk, and whether it is new. Raises what a plain request for it would.
+
+        `operation` is one of OPERATIONS, and `files` are what it is drawn from.
+        """
+        return await self._accepted(payload, asker, key, kind, operation, files, None)
+
+    async def answered(
+        self,
+        payload: Mapping[str, Any],
+        asker: Asker,
+        key: str,
+        operation: str = GENERATIONS,
+        files: operations.Files = MappingProxyType({}),
+    ) -> tuple[Job, bool]:
+        """The same for one who waits for the job's end, and has it then.
+
+        The bounds of the queue hold for a new one, and the time that a request may take: raises what a plain
+        request would, and RequestRefused (503) where this server ends before.
+        """
+        seconds = self._service.live.request_seconds
+        waiting = _Waiting((asker.owner, key))
+        self._waiting.append(waiting)
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                job, is_new = await self._accepted(payload, asker, key, ANSWER, operation, files, waiting)
+                waiting.job = job.id
+                return await self.ended(job), is_new
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"The request was not done within {seconds:g} seconds, the wait for a worker included; send "
+                "it again with the same Idempotency-Key, for it may be drawn by then."
+            ) from error
+        finally:
+            self._waiting.remove(waiting)
+
+    def _refusal_of(self, waiting: _Waiting) -> Exception | None:
+        """What the queue would refuse one with who waits for a job; those who wait already come first."""
+        ahead = {
+            each.key: each.size
+            for each in self._waiting
+            if each.key != waiting.key
+            and each.size is not None
+            and not (self._runner is not None and self._runner.holds(each.job))
+        }
+        assert waiting.size is not None
+        try:
+            self._service.check_room(*waiting.size, tuple(ahead.values()))
+        except (QueueFull, InvalidRequest) as refusal:
+            return refusal
+        return None
+
+    async def _accepted(
+        self,
+        payload: Mapping[str, Any],
+        asker: Asker,
+        key: str | None,
+        kind: str,
+        operation: str,
+        files: operations.Files,
+        waiting: _Waiting | None,
+    ) -> tuple[Job, bool]:
         store = await self._opened()
         fields = dict(payload)
         webhook = self._webhook_of(fields) if kind == JOB else None
-        wire = schema.parse(fields)
+        wire = operations.wire_of(operation, fields)
         if wire.stream:
             raise RequestRefused(
                 "stream cannot be true with a job or an Idempotency-Key; leave it out, and follow a job's "
                 "events at its address.",
                 "stream",
             )
-        description = await self._service.description_when_ready()
-        schema.check_model(wire, description)
-        asked = schema.to_engine(wire, self._service.live.default_enhance)
+        description = await self._service.description_for(wire.model)
+        asked = await operations.request_of(
+            operation, wire, files, description, self._service.live.default_enhance
+        )
+        asked = await self._service.with_loras_that_are_there(asked)
         plan = resolve(asked, description)
         # Whoever draws it, and whatever the defaults are then: it is the same picture.
         fixed: dict[str, Any] = {"seed": plan.seeds[0], "enhance": asked.enhance}
+        if description.id in self._service.names_of_models:
+            fixed["model"] = description.id
         if asked.num_inference_steps is None:
             fixed["num_inference_steps"] = plan.steps
         if asked.guidance_scale is None:
@@ -230,10 +385,16 @@ class JobDesk:
             kind=kind,
             webhook_url=None if webhook is None else webhook.url,
             webhook_secret=None if webhook is None else webhook.secret,
+            operation=operation,
+            files=files,
         )
-        fingerprint = idempotency.fingerprint_of(payload)
+        refusal = None
+        if waiting is not None:
+            waiting.size = (asker.line, new.work, len(plan.seeds))
+            refusal = self._refusal_of(waiting)
+        fingerprint = idempotency.fingerprint_of(payload, operation, files)
         try:
-            job, is_new = await self._asked(store.accept, new, self._limits, key, fingerprint)
+            job, is_new = await self._asked(store.accept, new, self._limits, key, fingerprint, refusal)
         except KeyReused:
             raise idempotency.reused() from None
         except TooManyJobs as error:
@@ -246,8 +407,20 @@ class JobDesk:
                 "rate_limit_error",
                 {"Retry-After": "30"},
             ) from None
-        if is_new and self._runner is not None:
-            self._runner.look()
+        except NoRoomForSources:
+            raise RequestRefused(
+                "The pictures that jobs are to be drawn from are as many as this server keeps; wait for some "
+                "jobs, or send this one without Prefer and Idempotency-Key.",
+                None,
+                "too_many_jobs",
+                429,
+                "rate_limit_error",
+                {"Retry-After": "30"},
+            ) from None
+        if is_new:
+            logger.info("job %s is accepted: %s, by %s", job.id, operation, asker.owner or "anybody")
+            if self._runner is not None:
+                self._runner.look()
         self._has_changed()
         return job, is_new
 
@@ -255,6 +428,9 @@ class JobDesk:
         given = fields.pop("webhook", None)
         if given is not None:
             return parse_target(given, self._settings.webhook_private_addresses)
+        return None
+
+    def _operators_webhook(self) -> Target | None:
         if self._settings.webhook_url is None:
             return None
         secret = self._settings.webhook_secret
@@ -281,15 +457,24 @@ class JobDesk:
             )
         except KeyError:
             raise RequestRefused(
-                "after must be the id of a job of yours, the last of the page before.", "after"
+                "after must be the id of a job of yours, the last of the page before.",
+                "after",
+                "job_not_found",
+                404,
             ) from None
         return found
 
-    async def place_of(self, job: Job) -> tuple[int, float | None]:
-        """Where a queued job stands, and in how many seconds it is done; None while nobody can know."""
+    async def places_of(self, found: Sequence[Job]) -> dict[str, tuple[int, float | None]]:
+        """Where each queued job stands, by id, and in how many seconds it is done; None: nobody can know."""
+        queued = [job for job in found if job.status == "queued"]
+        if not queued:
+            return {}
         store = await self._opened()
-        position, work = await self._asked(store.place_of, job)
-        return position, self._service.seconds_for(work + job.work)
+        places = await self._asked(store.places_of, queued)
+        return {
+            job.id: (places[job.id][0], self._service.seconds_for(places[job.id][1] + job.work))
+            for job in queued
+        }
 
     async def cancel(self, id: str, asker: Asker) -> Job:
         """The job, which is not drawn any further; one that has ended stays as it is."""
@@ -306,13 +491,60 @@ class JobDesk:
         found: list[JobEvent] = await self._asked(store.events_after, job.id, number)
         return found
 
+    async def forget_key(self, asker: Asker, key: str, job: Job) -> None:
+        """Whoever comes with this key asks for something new."""
+        store = await self._opened()
+        await self._asked(store.drop_key, asker.owner, key, job.id)
+
     async def ended(self, job: Job) -> Job:
-        """The job when it has ended."""
+        """The job when it has ended. Raises RequestRefused (503) where this server ends before."""
         store = await self._opened()
         while not job.has_ended:
-            await self.changed()
+            if self._is_closed or (self._is_holding and job.status == "queued"):
+                raise RequestRefused(
+                    "The server is ending and begins with no more pictures; send this again in a moment, "
+                    "with the same Idempotency-Key.",
+                    None,
+                    "server_ending",
+                    503,
+                    SERVER,
+                    {"Retry-After": "5"},
+                )
+            end = self._ends.setdefault(job.id, asyncio.Event())
+            if self._watching is None or self._watching.done():
+                self._watching = asyncio.create_task(self._watch(store), context=contextvars.Context())
+            await end.wait()
             now = await self._asked(store.get, job.id)
             if now is None:
                 break
             job = now
         return job
+
+    async def _watch(self, store: JobStore) -> None:
+        """One look at the database for all who wait for jobs."""
+        while self._ends:
+            end: asyncio.Event | None = None
+            change, ids = self._change, list(self._ends)
+            try:
+                going_on = await self._in_thread(
+                    store.among, ids, ("running",) if self._is_holding else ("queued", "running")
+                )
+            except Exception:  # each who waits asks for itself, and tells what comes of it
+                logger.exception("the jobs that are waited for could not be looked at")
+                going_on = set()
+            for id in ids:
+                end = self._ends.get(id)
+                if end is not None and id not in going_on:
+                    del self._ends[id]
+                    end.set()
+            # Held on to here, it would never be forgotten.
+            end = None
+            # Not wait_for, which in Python 3.11 loses a cancel that comes together with the event.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await change.wait()
+
+    def _wake_those_who_wait(self) -> None:
+        for id, end in list(self._ends.items()):
+            del self._ends[id]
+            end.set()

@@ -29,9 +29,12 @@ def parse_key(values: list[str]) -> str | None:
     return key
 
 
-def fingerprint_of(payload: Mapping[str, Any]) -> str:
-    """The same for two bodies that say the same, whatever the order of their fields."""
-    said = {name: value for name, value in payload.items() if value is not None}
+def fingerprint_of(payload: Mapping[str, Any], operation: str, files: Mapping[str, bytes]) -> str:
+    """The same for two bodies that say the same to one address, whatever the order of their fields."""
+    said: dict[str, Any] = {name: value for name, value in payload.items() if value is not None}
+    if files:
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        said = {"fields": said, "files": digests, "operation": operation}
     text = json.dumps(said, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

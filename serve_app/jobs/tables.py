@@ -18,6 +18,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
@@ -31,7 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError
 
 #: Raised by one whenever a table changes; a database of another version is not touched.
-VERSION = 1
+VERSION = 2
 #: How long one who writes waits for another who does.
 BUSY_SECONDS = 20
 #: PostgreSQL's advisory lock under which the tables are made; any number that is ours alone.
@@ -40,6 +41,9 @@ _MAKING_TABLES = 7_860_001
 metadata = MetaData()
 #: SQLite numbers rows by itself in an INTEGER alone.
 _NUMBER = BigInteger().with_variant(Integer(), "sqlite")
+
+#: What a job of a database of version 1 asks for, and most jobs.
+GENERATIONS = "generations"
 
 versions = Table("zimage_versions", metadata, Column("version", Integer, primary_key=True))
 
@@ -51,6 +55,7 @@ jobs = Table(
     Column("owner", Text, nullable=False),
     Column("asked_by", Text, nullable=False),
     Column("kind", Text, nullable=False),
+    Column("operation", Text, nullable=False, server_default=GENERATIONS),
     Column("model", Text, nullable=False),
     Column("status", Text, nullable=False),
     Column("request", Text, nullable=False),
@@ -72,6 +77,16 @@ jobs = Table(
     Index("zimage_jobs_by_status", "status", "asked_by", "number"),
     Index("zimage_jobs_by_owner", "owner", "number"),
     sqlite_autoincrement=True,
+)
+
+#: The files that a job is drawn from, until it has ended.
+sources = Table(
+    "zimage_job_sources",
+    metadata,
+    Column("job", Text, ForeignKey("zimage_jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("content", LargeBinary, nullable=False),
 )
 
 events = Table(
@@ -175,6 +190,13 @@ def _make_tables(engine: Engine) -> None:
             metadata.create_all(connection)
             connection.execute(versions.insert().values(version=VERSION))
         found = connection.execute(select(versions.c.version)).scalar_one()
+        if found == 1:
+            connection.execute(
+                text(f"ALTER TABLE {jobs.name} ADD COLUMN operation TEXT NOT NULL DEFAULT '{GENERATIONS}'")
+            )
+            metadata.create_all(connection)
+            connection.execute(versions.update().values(version=VERSION))
+            found = VERSION
         if found != VERSION:
             raise StoreUnusable(
                 f"The database of jobs has version {found}, and this program reads {VERSION}: use the "

@@ -31,6 +31,20 @@ TRY_SECONDS = 15.0
 
 #: An IPv4 address in an IPv6 one, as a translator of the network makes it.
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+#: All of IPv6 that has been given out for everybody (IANA); what lies outside is somebody's own.
+_GIVEN_OUT = ipaddress.ip_network("2000::/3")
+#: Where nobody else's server is, whatever the tables of this Python say.
+_NOBODYS = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # of each machine in Azure, its host
+        "192.0.0.0/24",  # protocols' own; of each machine in Oracle's cloud, its host
+        "192.88.99.0/24",  # relays of 6to4
+        "2001::/23",  # protocols' own, Teredo among them
+        "2001:db8::/32",  # documentation
+        "3fff::/20",  # documentation (RFC 9637)
+    )
+)
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -102,9 +116,10 @@ def is_public(address: _Address) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(inner)
-        if address.teredo is not None or address.scope_id is not None:
+        if address.scope_id is not None or address not in _GIVEN_OUT:
             return False
-    return address.is_global and not address.is_multicast
+    is_somebodys = not any(address in network for network in _NOBODYS)
+    return is_somebodys and address.is_global and not address.is_multicast
 
 
 def signature(secret: str, id: str, timestamp: int, body: bytes) -> str:
@@ -132,9 +147,15 @@ async def send(target: Target, id: str, body: bytes, private_allowed: bool) -> N
         if target.secret is not None:
             headers["webhook-signature"] = signature(target.secret, id, timestamp, body)
         pinned = httpx.URL(target.url).copy_with(host=str(address), port=port)
-        # The environment's proxies would resolve the name once more, and elsewhere.
+        # The environment's proxies would resolve the name once more, and elsewhere; its certificates
+        # (SSL_CERT_FILE) are those of whoever runs this.
         async with (
-            httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=TRY_SECONDS) as client,
+            httpx.AsyncClient(
+                verify=httpx.create_ssl_context(),
+                trust_env=False,
+                follow_redirects=False,
+                timeout=TRY_SECONDS,
+            ) as client,
             client.stream(
                 "POST",
                 pinned,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from fastapi import Request
@@ -19,11 +20,16 @@ from serve_app import openai_schema as schema
 from serve_app.error_mapping import RequestRefused
 from serve_app.jobs.desk import Asker, JobDesk
 from serve_app.jobs.idempotency import parse_key
-from serve_app.jobs.store import ANSWER, JOB, Job
+from serve_app.jobs.operations import Files
+from serve_app.jobs.store import JOB, Job
+from serve_app.jobs.tables import GENERATIONS
 from serve_app.keys import ADMIN
 from serve_app.results import ResultExpired
 from serve_app.routes.answers import asked_by
 from serve_app.routes.files import link_to, results_of
+
+#: The code of a job's end whose pictures are kept no more.
+_EXPIRED = "result_expired"
 
 JOBS_PATH = "/v1/images/jobs"
 KEY_HEADER = "idempotency-key"
@@ -36,7 +42,7 @@ class JobError(schema.ErrorBody):
 
 
 class JobWebhook(BaseModel):
-    """Where the end of the job is told. The secret is not."""
+    """Where the end of the job is told, as the caller named it. The secret is not."""
 
     url: str
 
@@ -94,25 +100,44 @@ def refuse_key(headers: Headers) -> None:
     """For a route that cannot keep its requests: who sends a key relies on it. Raises RequestRefused."""
     if KEY_HEADER in headers:
         raise RequestRefused(
-            "Idempotency-Key is taken by POST /v1/images/generations and /v1/images/jobs; leave it out here.",
+            "Idempotency-Key is taken by POST /v1/images/generations, /edits, /variations and /jobs; leave "
+            "it out here.",
             "Idempotency-Key",
             "unsupported_value",
         )
 
 
-async def answer(request: Request, payload: Mapping[str, Any], always_async: bool = False) -> JSONResponse:
-    """202 with the job, or 200 with its pictures as soon as they are drawn."""
+async def answer(
+    request: Request,
+    payload: Mapping[str, Any],
+    always_async: bool = False,
+    operation: str = GENERATIONS,
+    files: Files = MappingProxyType({}),
+) -> JSONResponse:
+    """202 with the job, or 200 with its pictures as soon as they are drawn.
+
+    `files` are what it is drawn from; they are kept until the job has ended, and not longer.
+    """
     desk, asker = desk_of(request), asker_of(request)
     key = parse_key(request.headers.getlist(KEY_HEADER))
     if always_async or _is_async(request.headers):
-        job, is_new = await desk.accept(payload, asker, key, JOB)
+        job, is_new = await desk.accept(payload, asker, key, JOB, operation, files)
         headers = {"Location": f"{JOBS_PATH}/{job.id}", **_replayed(is_new)}
         if not always_async:
             headers["Preference-Applied"] = "respond-async"
         body = await job_body(request, job, with_result=False)
         return JSONResponse(body, status_code=202, headers=headers)
-    job, is_new = await desk.accept(payload, asker, key, ANSWER)
-    job = await desk.ended(job)
+    assert key is not None  # `is_wanted` of a key or of a job
+    job, is_new = await desk.answered(payload, asker, key, operation, files)
+    if job.status == "done" and not is_new:
+        try:
+            return JSONResponse(await result_of(request, job), headers=_replayed(is_new))
+        except RequestRefused as refused:
+            if refused.code != _EXPIRED:
+                raise
+            # It was drawn, and is kept no more: it is drawn anew, as for one who never came.
+            await desk.forget_key(asker, key, job)
+            job, is_new = await desk.answered(payload, asker, key, operation, files)
     if job.status != "done":
         error: dict[str, Any] = json.loads(job.error) if job.error else dict(_CANCELLED)
         status = error.pop("status")
@@ -133,8 +158,21 @@ def _replayed(is_new: bool) -> dict[str, str]:
     return {} if is_new else {"Idempotent-Replayed": "true"}
 
 
+async def job_bodies(request: Request, found: Sequence[Job]) -> list[dict[str, Any]]:
+    """The body of each job, without its result."""
+    places = await desk_of(request).places_of(found)
+    return [_body_of(job, places.get(job.id)) for job in found]
+
+
 async def job_body(request: Request, job: Job, with_result: bool) -> dict[str, Any]:
     """The body of `ImageJob`. Raises RequestRefused (410) where its result is wanted and has expired."""
+    (body,) = await job_bodies(request, [job])
+    if job.status == "done" and with_result:
+        body["result"] = await result_of(request, job)
+    return body
+
+
+def _body_of(job: Job, place: tuple[int, float | None] | None) -> dict[str, Any]:
     body: dict[str, Any] = {
         "id": job.id,
         "object": "image.job",
@@ -151,13 +189,11 @@ async def job_body(request: Request, job: Job, with_result: bool) -> dict[str, A
         "error": None if job.error is None else json.loads(job.error),
         "result": None,
     }
-    if job.status == "queued":
-        position, seconds = await desk_of(request).place_of(job)
+    if place is not None:
+        position, seconds = place
         body |= {"position": position, "eta_seconds": None if seconds is None else round(seconds, 1)}
     if job.status == "running" and job.steps:
         body |= {"step": job.step, "of": job.steps}
-    if job.status == "done" and with_result:
-        body["result"] = await result_of(request, job)
     return body
 
 
@@ -177,7 +213,7 @@ async def result_of(request: Request, job: Job) -> dict[str, Any]:
                 "This job is done, and its pictures have expired: results are kept for a time and within a "
                 "size. Draw it again, from the same seed if it is to be the same picture.",
                 None,
-                "result_expired",
+                _EXPIRED,
                 410,
             )
         if as_links:

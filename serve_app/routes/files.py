@@ -6,6 +6,7 @@ is asked for, so that a browser's `<img>` or a downloader that knows no key can 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +15,15 @@ from typing import cast
 from fastapi import APIRouter, Request, Response
 
 from serve_app import openai_schema as schema
-from serve_app.error_mapping import SERVER, RequestRefused
-from serve_app.results import MEDIA_TYPES, ResultExpired, ResultNotKept, ResultStore, expires_at
-from serve_app.routes.answers import AnsweringRoute
+from serve_app.error_mapping import RequestRefused
+from serve_app.results import (
+    MEDIA_TYPES,
+    ResultExpired,
+    ResultNotKept,
+    ResultStore,
+    expires_at,
+)
+from serve_app.routes.answers import AnsweringRoute, service_of
 
 #: Fetched without a key.
 OPEN_BELOW = "/v1/files/"
@@ -47,23 +54,24 @@ def results_of(request: Request) -> ResultStore:
     return cast(ResultStore, request.app.state.results)
 
 
-async def keep_pictures(request: Request, pictures: Sequence[bytes], file_format: str) -> list[FileLink]:
-    """Keep finished pictures, and where each can be fetched. Raises RequestRefused (507) where there is
-    no room.
+async def keep_pictures(
+    request: Request, pictures: Sequence[bytes], file_format: str
+) -> list[FileLink | None]:
+    """Keep finished pictures, and where each can be fetched; None for one that could not be kept.
 
-    None is kept where one cannot be.
+    It is not refused then: what was drawn is answered, and nobody draws it twice for want of a place.
     """
-    store, kept = results_of(request), []
-    try:
-        for picture in pictures:
-            kept.append(await store.put(picture, _MEDIA_TYPE_OF_FORMAT[file_format]))
-    except ResultNotKept as error:
-        for id in kept:
-            await store.remove(id)
-        raise RequestRefused(
-            str(error), "response_format", "result_not_kept", 507, SERVER, {"Retry-After": "60"}
-        ) from error
-    return [FileLink(link_to(request, id), expires_at(id)) for id in kept]
+    store, media_type = results_of(request), _MEDIA_TYPE_OF_FORMAT[file_format]
+
+    async def keep(picture: bytes) -> FileLink | None:
+        try:
+            id = await store.put(picture, media_type)
+        except ResultNotKept:
+            service_of(request).count_result_not_kept()
+            return None
+        return FileLink(link_to(request, id), expires_at(id))
+
+    return list(await asyncio.gather(*(keep(picture) for picture in pictures)))
 
 
 def link_to(request: Request, id: str) -> str:
@@ -86,6 +94,7 @@ def link_to(request: Request, id: str) -> str:
         304: {"description": "The caller has it already (If-None-Match)."},
         404: {"model": schema.ErrorResponse, "description": "There never was a file of this id."},
         410: {"model": schema.ErrorResponse, "description": "It was there, and has expired."},
+        503: {"model": schema.ErrorResponse, "description": "The place of files does not answer now."},
     },
 )
 async def get_file(id: str, request: Request) -> Response:
@@ -125,6 +134,7 @@ async def get_file(id: str, request: Request) -> Response:
         304: {"description": "The caller has it already (If-None-Match)."},
         404: {"description": "There never was a file of this id."},
         410: {"description": "It was there, and has expired."},
+        503: {"description": "The place of files does not answer now."},
     },
 )
 async def head_file(id: str, request: Request) -> Response:

@@ -83,10 +83,6 @@ _LATER_IN_DOCS = _headers(
             "headers": _ID_IN_DOCS | _LATER_IN_DOCS | _RATE_IN_DOCS,
         },
         503: {"model": schema.ErrorResponse, "description": "No worker has its model at the moment."},
-        507: {
-            "model": schema.ErrorResponse,
-            "description": "There is no room to keep a picture for its url.",
-        },
     },
     openapi_extra=_BODY_IN_DOCS,
 )
@@ -100,7 +96,7 @@ async def generate(request: Request) -> Response:
         check_json_headers(request)
         wire = schema.parse(schema.read_json(await request.body()))
         encoding = schema.to_encoding(wire)
-        schema.check_model(wire, await service.description_when_ready())
+        await service.description_for(wire.model)
         asked = schema.to_engine(wire, service.live.default_enhance)
     name = asked_by(request.scope)
     if wire.stream:
@@ -110,7 +106,12 @@ async def generate(request: Request) -> Response:
     links = await keep_pictures(request, reply.pictures, encoding.format) if wants_url else None
     return JSONResponse(
         schema.to_response(
-            wire, encoding, reply.pictures, reply.report, links, count_tokens=service.count_tokens
+            wire,
+            encoding,
+            reply.pictures,
+            reply.report,
+            links,
+            count_tokens=service.token_counter(reply.report.model),
         ),
         headers={
             "x-engine-seconds": f"{reply.report.seconds:.4f}",

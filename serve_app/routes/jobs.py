@@ -19,6 +19,7 @@ from serve_app.routes.as_job import (
     answer,
     asker_of,
     desk_of,
+    job_bodies,
     job_body,
 )
 from serve_app.routes.images import check_json_headers
@@ -102,7 +103,12 @@ async def create(request: Request) -> Response:
     JOBS_PATH,
     summary="One's own jobs, newest first",
     response_model=None,
-    responses={200: {"model": ImageJobList, "description": "A page."}, 400: _WRONG, 503: _UNAVAILABLE},
+    responses={
+        200: {"model": ImageJobList, "description": "A page."},
+        400: _WRONG,
+        404: {"model": schema.ErrorResponse, "description": "There is no job `after`."},
+        503: _UNAVAILABLE,
+    },
     openapi_extra={
         "parameters": [
             {
@@ -135,7 +141,7 @@ async def page(request: Request) -> JSONResponse:
     if not (text.isascii() and text.isdecimal() and len(text) <= 3 and 1 <= int(text) <= MOST_A_PAGE):
         raise RequestRefused(f"limit must be a number from 1 to {MOST_A_PAGE}.", "limit")
     found, has_more = await desk_of(request).page(asker_of(request), status, after, int(text))
-    data = [await job_body(request, each, with_result=False) for each in found]
+    data = await job_bodies(request, found)
     last = found[-1].id if found else None
     return JSONResponse({"object": "list", "data": data, "last_id": last, "has_more": has_more})
 

@@ -1,4 +1,4 @@
-"""`GET /v1/models`: the one model that is loaded, as OpenAI's clients list it."""
+"""`GET /v1/models`: the models that requests can name, as OpenAI's clients list them."""
 
 from __future__ import annotations
 
@@ -9,30 +9,34 @@ from fastapi import APIRouter, Request
 from serve_app import openai_schema as schema
 from serve_app.error_mapping import ModelNotReady
 from serve_app.routes.answers import AnsweringRoute, service_of
-from zimage_engine.types import ModelDescription
 
 router = APIRouter(tags=["models"], route_class=AnsweringRoute)
 
-#: OpenAI tells when a model was made; of a loaded checkpoint only the loading is known.
+#: OpenAI tells when a model was made; of a checkpoint only the beginning of this process is known.
 _STARTED = int(time.time())
 
 
-@router.get("/v1/models", summary="The loaded model, in a list")
+@router.get("/v1/models", summary="The models, the default one first")
 async def list_models(request: Request) -> schema.ModelList:
-    return schema.ModelList(data=[schema.to_model_card(await _description(request), _STARTED)])
+    return schema.ModelList(data=await _cards(request))
 
 
-@router.get("/v1/models/{model_id:path}", summary="The loaded model", responses={404: {}})
+@router.get("/v1/models/{model_id:path}", summary="One model", responses={404: {}})
 async def get_model(model_id: str, request: Request) -> schema.ModelCard:
-    description = await _description(request)
-    if not schema.is_loaded_model(model_id, description):
-        schema.refuse_model(model_id, description)
-    return schema.to_model_card(description, _STARTED)
-
-
-async def _description(request: Request) -> ModelDescription:
+    cards = await _cards(request)
+    found = next((card for card in cards if model_id in (card.id, *card.aliases)), None)
+    if found is not None:
+        return found
     service = service_of(request)
-    description = await service.description()
-    if description is None:
+    schema.refuse_model(model_id, await service.description_when_ready(), service.names_of_models)
+
+
+async def _cards(request: Request) -> list[schema.ModelCard]:
+    service = service_of(request)
+    states = await service.model_states()
+    if not states:
         raise ModelNotReady((await service.readiness()).reason)
-    return description
+    return [
+        schema.to_model_card(state, service.with_live_defaults(state.description), _STARTED)
+        for state in states
+    ]

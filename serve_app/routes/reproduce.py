@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,9 +16,11 @@ from pydantic import BaseModel
 from serve_app import openai_schema as schema
 from serve_app.error_mapping import RequestRefused
 from serve_app.image_codec import ImageEncoding
-from serve_app.picture_input import source_picture
+from serve_app.picture_input import source_picture, unpackers
+from serve_app.receipt import loras_of
 from serve_app.reproduction import Given, compare, read_given
 from serve_app.routes.answers import AnsweringRoute, asked_by, service_of
+from serve_app.routes.as_job import refuse_key
 from zimage_engine.errors import InvalidRequest
 from zimage_engine.types import GenerationRequest
 
@@ -33,6 +36,7 @@ _IN_DOCS = {
                 "schema": {
                     "type": "object",
                     "additionalProperties": False,
+                    "oneOf": [{"required": ["image"]}, {"required": ["receipt"]}],
                     "properties": {
                         "image": {"type": "string", "description": "The picture's file in base64."},
                         "receipt": {
@@ -85,12 +89,21 @@ class ReproductionResponse(BaseModel):
     openapi_extra=_IN_DOCS,
 )
 async def reproduce(request: Request) -> Response:
-    """It is drawn by the model that is loaded; where that is another one, the differences say so."""
+    """It is drawn by the model of its receipt where that is in the list, else by the default one; where what
+    draws it is another one, the differences say so.
+    """
+    refuse_key(request.headers)
     service = service_of(request)
     with service.failures_counted():
-        given, asked = await asyncio.to_thread(
-            _given_in, request.headers.get("content-type", ""), await request.body()
+        announced, body = request.headers.get("content-type", ""), await request.body()
+        given, asked = await asyncio.get_running_loop().run_in_executor(
+            unpackers(), _given_in, announced, body
         )
+    made_by = given.receipt.get("model")
+    if isinstance(made_by, dict):
+        asked = replace(asked, model=service.listed_name(made_by.get("id")))
+    # A LoRA that is not there any more is left out, and the differences name it.
+    asked = replace(asked, loras=await service.loras_there(loras_of(given.receipt), asked.model))
     name = asked_by(request.scope)
     reply = await service.generate(asked, ImageEncoding("png"), asked_by=name)
     came_of_it = await asyncio.to_thread(compare, given, reply.pictures[0])

@@ -107,6 +107,7 @@ NOTICES_IN_CHINESE: dict[str, str] = {
     "guidance_scale_outside_range": "引导强度不在推荐范围内：过低发灰无力，过高会过曝、边缘撕裂。1.8 最好。",
     "size_outside_range": "这个尺寸与模型擅长的尺寸相差太多：画面可能重复、缺失。请换回原生尺寸。",
     "source_scaled": "输入图片已缩放到绘制所用的尺寸。",
+    "strength_raised": "至少要画一步：按所选的步数，实际的重绘强度高于所填的值。要保留更多原图，请增加步数。",
     "source_cut": "所选尺寸与输入图片的长宽比不同，超出的边缘已被裁去。要保留全图，请选用相同的长宽比。",
     "prompt_truncated": "提示词太长，模型读不完，末尾的部分被略去了。请缩短。",
     "negative_prompt_truncated": "“不要出现”的内容太长，模型读不完，末尾的部分被略去了。请缩短。",
@@ -118,13 +119,17 @@ NOTICES_IN_CHINESE: dict[str, str] = {
     "guidance_lowered": "绘制途中数值溢出，引导强度已自动调低。请使用较低的引导强度或换一个种子。",
     "values_clipped": "绘制途中有数值超出正常范围，已被截断，画面可能受影响。",
     "picture_redrawn": "第一次画出的图看起来不对，已用 float32 重画，这里显示的是重画的结果。",
+    "result_not_kept": "这张图片没能存到服务器上，因此直接放在回答里。",
     "picture_noise": "这张图布满噪点，像是没有画完。请换一个种子或增加步数再试。",
 }
 REFUSALS_IN_CHINESE: dict[str, str] = {
     "jobs_unavailable": "任务现在不可用：任务数据库无法使用，请稍后再试。",
+    "files_unavailable": "存放图片的地方暂时没有回应，请稍后再试。",
     "job_not_found": "没有这个任务，或者它属于别人。",
     "job_abandoned": "这个任务画了几次，每次绘图进程都意外停止。如果图片很大，请缩小尺寸。",
     "job_expired": "这个任务等得太久，一直没有能画它的服务器，请重新提交。",
+    "result_not_kept": "图片已画好，但没能存到服务器上，请稍后再试，或直接请求图片。",
+    "server_ending": "服务器正在停止，请稍等片刻再试。",
     "result_expired": "任务已完成，但图片已过期。请用同一个种子重新绘制。",
     "too_many_jobs": "还没完成的任务太多了，请等其中一些完成。",
     "idempotency_key_reused": "这个 Idempotency-Key 已用于另一个请求，请换一个。",
@@ -134,6 +139,7 @@ REFUSALS_IN_CHINESE: dict[str, str] = {
     "queue_full": "现在排队的图片很多，请过几秒再试。",
     "rate_limit_exceeded": "你提交得太多或太快了，请稍等片刻再试。",
     "model_not_ready": "模型还没有准备好，请过几秒再试。",
+    "model_load_failed": "这个模型无法加载，稍后会再试；其他模型可以照常使用。",
     "worker_lost": "绘图进程意外停止，正在重新启动。请再试一次；如果图片很大，请缩小尺寸。",
     "request_kills_workers": (
         "两个绘图进程都在画这张图时意外停止，因此不再重试，一小时内也不再接受同样的请求。"

@@ -251,6 +251,8 @@ def test_what_is_written_goes_into_volumes(overlay: str) -> None:
             assert "/tmp" in mounts.values(), name
             if "zimage-turbo:" in container["image"]:
                 assert "/var/cache/zimage-turbo" in mounts.values(), name
+            if container["name"] in ("ray-head", "ray-worker"):
+                assert "/var/lib/zimage-turbo" in mounts.values(), "jobs would have no place to be kept"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -1,4 +1,6 @@
-"""A server whose first worker loses its device while it draws: everything is real but the device's error.
+"""A server whose first worker loses its device while it draws, and whose workers all die of one prompt.
+
+Everything is real but the device's error, and why a worker ends.
 
     python -m tests.serve_app.failing_device_server MODEL PORT MARKER
 
@@ -9,6 +11,7 @@ failure.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from pathlib import Path
@@ -18,14 +21,26 @@ from serve_app.app import HEALTH_CHECK_SECONDS, WORKER_ONGOING_REQUESTS
 from serve_app.local_cluster import LocalCluster
 from serve_app.settings import Settings, load_settings
 from serve_app.worker import ImageWorker
+from zimage_engine.types import GenerationRequest
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
 
+#: Whatever has it in its prompt ends the process that draws it, in its first step.
+FATAL = "fatal circle"
+
+
 class FailingWorker(ImageWorker):
     async def __init__(self, settings: Settings, marker: str) -> None:  # type: ignore[misc]
         await ImageWorker.__init__(self, settings)  # type: ignore[misc]
+        self._draws_what_is_fatal = False
+
+        def dies(*_: Any) -> None:
+            if self._draws_what_is_fatal:
+                os._exit(1)
+
+        self._pool.engines[0].pipeline.transformer.register_forward_pre_hook(dies)
         if Path(marker).exists():
             return
         Path(marker).touch()
@@ -38,7 +53,11 @@ class FailingWorker(ImageWorker):
             if len(steps) > 2:
                 raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
-        self._engine.pipeline.transformer.register_forward_pre_hook(fails)
+        self._pool.engines[0].pipeline.transformer.register_forward_pre_hook(fails)
+
+    async def _drawn_by(self, engine: Any, request: GenerationRequest, *rest: Any) -> Any:
+        self._draws_what_is_fatal = FATAL in request.prompt
+        return await ImageWorker._drawn_by(self, engine, request, *rest)
 
 
 def build(settings: Settings) -> Application:

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import signal
+import subprocess
+import sys
 import threading
+import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from filelock import FileLock
+from ray import serve
 from typer.testing import CliRunner
 
 from serve_app import cli, remote_drawing
 from serve_app.batch import MANIFEST, BatchStopped, Manifest, Outcome, Task, plan_tasks, read_lines, run
 from serve_app.error_mapping import RequestRefused
 from serve_app.image_codec import read_receipt
+from serve_app.ingress import build_asgi_app
+from serve_app.metrics import ServerMetrics
 from serve_app.remote_drawing import RemoteServer, ServerGivenUp
+from serve_app.service import ImageService
+from serve_app.settings import Settings
 from tests.chaos.batch import batch_killed
 from tests.ports import free_ports
 from zimage_engine.errors import InvalidRequest
@@ -260,9 +273,9 @@ class Server(BaseHTTPRequestHandler):
         self.asked.append((fields, dict(self.headers)))
         status, headers = self.rows.pop(0) if self.rows else (200, {})
         picture = base64.b64encode(f"{fields['prompt']} {fields['seed']}".encode()).decode()
-        answer = (
-            {"data": [{"b64_json": picture}]} if status == 200 else {"error": {"message": f"told {status}"}}
-        )
+        answer: dict[str, Any] = {"data": [{"b64_json": picture}]}
+        if status != 200:
+            answer = {"error": {"message": f"told {status}", "code": headers.get("X-Code")}}
         body = json.dumps(answer).encode()
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
@@ -289,7 +302,7 @@ FIELDS = {"prompt": "x", "seed": 1}
 def test_a_busy_server_is_asked_again_when_it_says_and_by_the_same_key() -> None:
     slept: list[float] = []
     with server_with((429, {"Retry-After": "7"}), (503, {"Retry-After": "1"}), (502, {})) as (url, server):
-        assert RemoteServer(url, "secret", slept.append).draw(FIELDS) == b"x 1"
+        assert RemoteServer(url, "secret", slept.append).draw(FIELDS, "a/1.png") == b"x 1"
     assert slept == [7.0, 1.0, remote_drawing.RETRY_SECONDS]
     assert len({headers["Idempotency-Key"] for _, headers in server.asked}) == 1
     assert {headers["Authorization"] for _, headers in server.asked} == {"Bearer secret"}
@@ -310,8 +323,43 @@ def test_what_a_server_refuses_is_not_asked_again(
 ) -> None:
     with server_with(row) as (url, server):
         with pytest.raises(raised, match=said):
-            RemoteServer(url).draw(FIELDS)
+            RemoteServer(url).draw(FIELDS, "a/1.png")
         assert len(server.asked) == 1
+
+
+def test_what_did_not_wait_for_the_server_is_asked_again_and_its_own_deadline_is_not() -> None:
+    slept: list[float] = []
+    with server_with((504, {}), (408, {})) as (url, server):
+        assert RemoteServer(url, None, slept.append).draw(FIELDS, "a/1.png") == b"x 1"
+    assert len(server.asked) == 3
+    assert len({headers["Idempotency-Key"] for _, headers in server.asked}) == 1
+    with server_with((504, {"X-Code": "deadline_exceeded"})) as (url, server):
+        with pytest.raises(RequestRefused, match="told 504"):
+            RemoteServer(url, None, slept.append).draw(FIELDS, "a/1.png")
+        assert len(server.asked) == 1
+
+
+def test_a_folder_asks_by_the_same_keys_and_another_folder_by_others(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(text_of({"prompt": "x", "seed": 1}, {"prompt": "x", "seed": 1}))
+    keys = []
+    for folder in ("one", "one", "two"):
+        with server_with() as (url, server):
+            code, output = batch(str(prompts), "-o", str(tmp_path / folder), "--server", url)
+        assert code == 0, output
+        keys.append({headers["Idempotency-Key"] for _, headers in server.asked})
+        for picture in (tmp_path / folder).glob("*.png"):
+            picture.unlink()
+    assert keys[0] == keys[1] and len(keys[0]) == 2, "each picture has a key of its own, and keeps it"
+    assert not keys[0] & keys[2]
+
+
+def test_what_a_server_has_drawn_and_thrown_away_is_asked_for_anew_once() -> None:
+    with server_with((410, {})) as (url, server):
+        assert RemoteServer(url).draw(FIELDS, "a/1.png") == b"x 1"
+    assert len({headers["Idempotency-Key"] for _, headers in server.asked}) == 2
+    with server_with((410, {}), (410, {})) as (url, server), pytest.raises(RequestRefused, match="told 410"):
+        RemoteServer(url).draw(FIELDS, "a/1.png")
 
 
 def test_a_server_that_is_not_there_is_given_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +367,7 @@ def test_a_server_that_is_not_there_is_given_up_after_a_while(monkeypatch: pytes
     monkeypatch.setattr(remote_drawing, "RETRY_SECONDS", 0.05)
     (port,) = free_ports(1)
     with pytest.raises(ServerGivenUp, match="does not answer"):
-        RemoteServer(f"http://127.0.0.1:{port}").draw(FIELDS)
+        RemoteServer(f"http://127.0.0.1:{port}").draw(FIELDS, "a/1.png")
     with pytest.raises(InvalidRequest, match="--server must be an address"):
         RemoteServer("127.0.0.1:7860")
 
@@ -335,6 +383,129 @@ def test_the_command_draws_with_a_server(tmp_path: Path) -> None:
     assert sorted(pictures_in(folder).values()) == sorted(f"p{n} {n}".encode() for n in range(12))
     assert len(server.asked) == 13
     assert all(fields["n"] == 1 and "id" not in fields for fields, _ in server.asked)
+
+
+# --- by the real application
+
+
+@pytest.fixture
+def address(
+    worker_handle: serve.handle.DeploymentHandle, settings: Settings, tmp_path: Path
+) -> Iterator[Callable[..., AbstractContextManager[str]]]:
+    """The application on a port of this machine, with settings of its own."""
+
+    @contextmanager
+    def serving(**changed: Any) -> Iterator[str]:
+        chosen = Settings.model_validate({**settings.model_dump(), "data_dir": tmp_path / "data", **changed})
+        app = build_asgi_app(ImageService(worker_handle, ServerMetrics("test"), chosen), chosen)
+        (port,) = free_ports(1)
+        server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = True
+            thread.join(60)
+
+    yield serving
+
+
+def drawn_by(url: str) -> int:
+    """How many pictures the server has drawn in all."""
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
+    return int(sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if COUNTED.match(line)))
+
+
+COUNTED = re.compile(r"zimage_pictures_total(\{| )")
+
+
+def test_the_real_server_draws_what_an_engine_of_ones_own_draws(
+    address: Callable[..., AbstractContextManager[str]], tiny_model: Path, tmp_path: Path
+) -> None:
+    prompts, ours, theirs = tmp_path / "prompts.jsonl", tmp_path / "ours", tmp_path / "theirs"
+    prompts.write_text(text_of(*({"prompt": f"p{number}", "seed": number, **SMALL} for number in range(4))))
+    code, output = batch(str(prompts), "-o", str(ours), "--model", str(tiny_model), "--threads", "1")
+    assert code == 0, output
+    with address() as url:
+        code, output = batch(str(prompts), "-o", str(theirs), "--server", url)
+        assert (code, drawn_by(url)) == (0, 4), output
+        # Another folder asks for pictures of its own: the server may draw otherwise by now.
+        code, output = batch(str(prompts), "-o", str(tmp_path / "again"), "--server", url)
+        assert (code, drawn_by(url)) == (0, 8), output
+    assert pictures_in(theirs) == pictures_in(ours) == pictures_in(tmp_path / "again")
+
+
+def test_the_real_servers_limit_is_waited_for(
+    address: Callable[..., AbstractContextManager[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refused = Counter[int]()
+    waits = remote_drawing._wait_of
+
+    def counting(answer: urllib.error.HTTPError) -> float | None:
+        refused[answer.code] += 1
+        wait = waits(answer)
+        return None if wait is None else min(wait, 0.2)
+
+    monkeypatch.setattr(remote_drawing, "_wait_of", counting)
+    prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "pictures"
+    prompts.write_text(text_of(*({"prompt": f"p{number}", "seed": number, **SMALL} for number in range(12))))
+    with address(max_jobs_of_caller=1) as url:
+        code, output = batch(str(prompts), "-o", str(folder), "--server", url, "--at-once", "6")
+        assert (code, drawn_by(url)) == (0, 12), output
+    assert refused.keys() == {429} and refused[429] > 0
+    assert len(pictures_in(folder)) == 12
+
+
+def test_killed_while_the_real_server_draws_nothing_is_drawn_twice(
+    address: Callable[..., AbstractContextManager[str]], tmp_path: Path
+) -> None:
+    prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "pictures"
+    # Without seeds: those that the killed one noted are used again.
+    prompts.write_text(text_of(*({"prompt": f"p{number}", **SMALL} for number in range(30))))
+    with address() as url:
+        command = [sys.executable, "-m", "serve_app.cli", "batch", str(prompts), "-o", str(folder)]
+        killed = subprocess.Popen([*command, "--server", url], stdout=subprocess.DEVNULL)
+        while killed.poll() is None and len(list(folder.glob("*.png"))) < 5:
+            time.sleep(0.005)
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL
+        there = pictures_in(folder)
+        assert 5 <= len(there) < 30
+        code, output = batch(str(prompts), "-o", str(folder), "--server", url)
+        assert code == 0, output
+        assert drawn_by(url) == 30
+    pictures = pictures_in(folder)
+    assert len(pictures) == 30 and there.items() <= pictures.items()
+    for name, picture in pictures.items():
+        receipt = read_receipt(picture)
+        assert receipt is not None and receipt["seed"] == Manifest(folder).latest[name]["seed"]
+
+
+def test_what_the_real_servers_model_refuses_is_told_by_line_before_anything_is_drawn(
+    address: Callable[..., AbstractContextManager[str]], tmp_path: Path
+) -> None:
+    prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "pictures"
+    wrong = (
+        {"size": "63x64"},
+        {"num_inference_steps": 500},
+        {"size": "65536x64"},
+        {"model": "another"},
+        {"model": "zimage-turbo"},
+    )
+    prompts.write_text(
+        text_of({"prompt": "x", **SMALL}, *({"prompt": "x", **SMALL, **each} for each in wrong))
+    )
+    with address() as url:
+        code, output = batch(str(prompts), "-o", str(folder), "--server", url)
+        assert (code, drawn_by(url), pictures_in(folder)) == (2, 0, {})
+    told = [line.partition(" ")[2] for line in output.splitlines() if "line " in line]
+    assert [line.split(":")[0].split()[-1] for line in told] == ["2", "3", "4", "5"], output
+    assert "nearest are 32 and 64" in output and "from 1 to" in output
 
 
 @pytest.mark.slow

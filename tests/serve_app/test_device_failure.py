@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from serve_app.worker_reply import DrawingBegan, WorkerUnfit
 from tests.ports import free_ports
 from tests.running_server import ROOT, START_SECONDS, STOP_SECONDS
 from tests.serve_app.conftest import loaded_worker
+from tests.serve_app.failing_device_server import FATAL
 from zimage_engine.errors import DeviceFailed
 from zimage_engine.types import GenerationRequest
 
@@ -30,6 +31,8 @@ REQUEST = GenerationRequest(
     "a red circle", width=64, height=64, num_inference_steps=3, guidance_scale=1.0, seed=1, enhance=False
 )
 PNG = ImageEncoding("png")
+#: Sooner than any worker starts.
+AT_ONCE_SECONDS = 4.0
 
 
 async def failing_worker(settings: Settings) -> ImageWorker:
@@ -38,7 +41,7 @@ async def failing_worker(settings: Settings) -> ImageWorker:
     def fails(*_: Any) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    worker._engine.pipeline.transformer.register_forward_pre_hook(fails)
+    worker._pool.engines[0].pipeline.transformer.register_forward_pre_hook(fails)
     return worker
 
 
@@ -65,7 +68,7 @@ async def test_a_stream_tells_that_it_had_begun_before_it_fails(settings: Settin
     with pytest.raises(DeviceFailed):
         async for item in worker.generate_streaming(REQUEST, PNG):
             items.append(item)
-    assert items == [DrawingBegan()]
+    assert items == [DrawingBegan("local")]
 
 
 async def test_a_failure_that_nobody_waits_for_any_more_is_noticed_too(settings: Settings) -> None:
@@ -77,7 +80,7 @@ async def test_a_failure_that_nobody_waits_for_any_more_is_noticed_too(settings:
         time.sleep(0.3)
         raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
-    worker._engine.pipeline.transformer.register_forward_pre_hook(slow_then_fails)
+    worker._pool.engines[0].pipeline.transformer.register_forward_pre_hook(slow_then_fails)
     drawing = asyncio.ensure_future(worker.generate(replace(REQUEST, n=2), PNG))
     while not steps:
         await asyncio.sleep(0.01)
@@ -88,17 +91,17 @@ async def test_a_failure_that_nobody_waits_for_any_more_is_noticed_too(settings:
         await worker.check_health()
 
 
-@pytest.mark.server
-def test_a_failed_device_is_replaced_and_costs_no_picture(
-    tiny_model: Path, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+@pytest.fixture(scope="module")
+def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A server of workers that fail."""
+    folder = tmp_path_factory.mktemp("failing")
     (port,) = free_ports(1)
     program = [sys.executable, "-m", "tests.serve_app.failing_device_server", str(tiny_model), str(port)]
-    output = tmp_path / "output"
+    output = folder / "output"
     with (
         output.open("w") as written,
         subprocess.Popen(
-            [*program, str(tmp_path / "failed")], cwd=ROOT, stdout=written, stderr=subprocess.STDOUT
+            [*program, str(folder / "failed")], cwd=ROOT, stdout=written, stderr=subprocess.STDOUT
         ) as server,
     ):
         try:
@@ -107,25 +110,52 @@ def test_a_failed_device_is_replaced_and_costs_no_picture(
                 assert server.poll() is None and time.monotonic() < deadline, output.read_text()
                 time.sleep(0.2)
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=200) as client:
-
-                def draw(seed: int) -> str:
-                    asked = {
-                        "prompt": "a red circle",
-                        "seed": seed,
-                        "num_inference_steps": 3,
-                        "size": "64x64",
-                    }
-                    answer = client.post("/v1/images/generations", json=asked)
-                    return str(answer.raise_for_status().json()["data"][0]["b64_json"])
-
-                began = time.monotonic()
-                with ThreadPoolExecutor(3) as callers:
-                    through_the_failure = list(callers.map(draw, (1, 2, 3)))
-                record_property("seconds_to_the_answers", round(time.monotonic() - began, 1))
-                assert through_the_failure == [draw(seed) for seed in (1, 2, 3)]
-                lines = client.get("/metrics").text.splitlines()
-            (failures,) = [line for line in lines if line.startswith("zimage_device_failures_total{")]
-            assert failures.endswith(" 1.0")
+                yield client
         finally:
             server.terminate()
             server.wait(STOP_SECONDS)
+
+
+def asked_for(client: httpx.Client, prompt: str, seed: int) -> httpx.Response:
+    fields = {"prompt": prompt, "seed": seed, "num_inference_steps": 3, "size": "64x64"}
+    return client.post("/v1/images/generations", json=fields)
+
+
+def counted(client: httpx.Client, name: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
+
+
+@pytest.mark.server
+def test_a_failed_device_is_replaced_and_costs_no_picture(
+    client: httpx.Client, record_property: Callable[[str, object], None]
+) -> None:
+    def draw(seed: int) -> str:
+        answer = asked_for(client, "a red circle", seed)
+        return str(answer.raise_for_status().json()["data"][0]["b64_json"])
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(3) as callers:
+        through_the_failure = list(callers.map(draw, (1, 2, 3)))
+    record_property("seconds_to_the_answers", round(time.monotonic() - began, 1))
+    assert through_the_failure == [draw(seed) for seed in (1, 2, 3)]
+    assert counted(client, "zimage_device_failures_total") == 1
+
+
+@pytest.mark.server
+def test_a_request_that_kills_two_workers_is_named_and_never_drawn_again(client: httpx.Client) -> None:
+    retries = counted(client, "zimage_worker_retries_total")
+    killer = asked_for(client, FATAL, 1)
+    assert killer.status_code == 422, killer.text
+    assert killer.json()["error"]["code"] == "request_kills_workers"
+    assert killer.headers["x-request-id"] in killer.json()["error"]["message"]
+    assert asked_for(client, "a red circle", 4).status_code == 200
+
+    died_so_far = counted(client, "zimage_worker_retries_total")
+    assert died_so_far > retries
+    again = asked_for(client, FATAL, 2)
+    assert (again.status_code, again.json()["error"]["code"]) == (422, "request_kills_workers")
+    assert killer.headers["x-request-id"] in again.json()["error"]["message"]
+    assert again.elapsed.total_seconds() < AT_ONCE_SECONDS
+    assert asked_for(client, "a red circle", 5).elapsed.total_seconds() < AT_ONCE_SECONDS
+    assert counted(client, "zimage_worker_retries_total") == died_so_far

@@ -80,6 +80,21 @@ async def test_what_takes_longer_than_the_bound_is_told(
     asked.cancel()
 
 
+async def test_others_hear_of_the_begin_and_of_the_end(draining: Draining) -> None:
+    heard: list[str] = []
+
+    async def ended() -> None:
+        heard.append("end")
+
+    draining.also(lambda: heard.append("begin"), ended)
+    draining._unanswered = 1
+    drained = asyncio.create_task(draining.drain(0.3))
+    await asyncio.sleep(0.1)
+    assert heard == ["begin"]
+    assert await drained == 1
+    assert heard == ["begin", "end"]
+
+
 async def test_pictures_of_the_page_are_waited_for_too(settings: Settings) -> None:
     metrics = ServerMetrics("test")
     draining = Draining(lambda: metrics.in_flight)

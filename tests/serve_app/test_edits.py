@@ -11,6 +11,7 @@ import numpy as np
 import openai
 import pytest
 from fastapi import FastAPI
+from openai.types import ImageEditCompletedEvent, ImageEditPartialImageEvent
 from PIL import Image, ImageDraw
 from ray import serve
 
@@ -18,6 +19,7 @@ from serve_app.ingress import build_asgi_app
 from serve_app.metrics import ServerMetrics
 from serve_app.service import ImageService
 from serve_app.settings import Settings, load_settings
+from serve_app.streaming import EditCompletedEvent
 from serve_app.worker import ImageWorker
 from tests.serve_app.conftest import client_of
 from zimage_engine.demo.detector import detect
@@ -155,9 +157,63 @@ def test_openais_client_without_async_edits_and_varies(app: FastAPI) -> None:
             extra_body={"seed": 3},
         )
         varied = client.images.create_variation(image=png(red_circle()), extra_body={"seed": 11})
+        stream = client.images.edit(
+            image=png(red_circle()),
+            prompt="a blue circle on a white background",
+            stream=True,
+            partial_images=1,
+            extra_body={"seed": 3},
+        )
+        preview, last = list(stream)
+    assert isinstance(preview, ImageEditPartialImageEvent) and isinstance(last, ImageEditCompletedEvent)
+    assert seen(drawn(last.b64_json)) == ("white", [("blue", "circle")])
     assert edited.data is not None and varied.data is not None
     assert seen(drawn(edited.data[0].b64_json)) == ("white", [("blue", "circle")])
     assert seen(drawn(varied.data[0].b64_json)) == ("white", [("red", "circle")])
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+async def test_openais_client_reads_an_edits_previews_and_its_picture(app: FastAPI, with_mask: bool) -> None:
+    asked: dict[str, Any] = {
+        "image": png(red_circle()),
+        "prompt": "a blue circle on a white background",
+        "extra_body": {"seed": 3},
+        **({"mask": png(mask_of_the_middle())} if with_mask else {}),
+    }
+    async with async_openai(app) as client:
+        plain = await client.images.edit(**asked)
+        stream = await client.images.edit(**asked, stream=True, partial_images=2)
+        *previews, last = [event async for event in stream]
+    assert [preview.partial_image_index for preview in previews] == [0, 1]
+    for preview in previews:
+        assert isinstance(preview, ImageEditPartialImageEvent)
+        assert drawn(preview.b64_json).size == tuple(map(int, preview.size.split("x")))
+    assert isinstance(last, ImageEditCompletedEvent)
+    # Nearer each time to what it becomes.
+    off = [difference(drawn(preview.b64_json), drawn(last.b64_json)).mean() for preview in previews]
+    assert off[1] < off[0] < 7
+    assert plain.data is not None and plain.usage is not None
+    assert last.b64_json == plain.data[0].b64_json
+    assert last.usage.model_dump() == plain.usage.model_dump(exclude={"output_tokens_details"})
+    assert (
+        EditCompletedEvent.model_validate(last.model_dump(exclude_none=True)).steps_run
+        == plain.data[0].steps_run
+    )  # type: ignore[attr-defined]
+
+
+async def test_usage_counts_the_picture_that_was_read(app: FastAPI) -> None:
+    form = {"prompt": "a blue circle", "n": "2", "num_inference_steps": "2", "size": "256x128"}
+    async with client_of(app) as client:
+        edited = await client.post(EDITS, files={"image": png(red_circle())}, data=form)
+        plain = await client.post(
+            "/v1/images/generations",
+            json={"prompt": "a blue circle", "n": 2, "num_inference_steps": 2, "size": "256x128"},
+        )
+    usage, without = edited.json()["usage"], plain.json()["usage"]
+    assert (usage["input_tokens_details"]["image_tokens"], usage["output_tokens"]) == (128, 256)
+    assert usage["input_tokens"] == usage["input_tokens_details"]["text_tokens"] + 128
+    assert usage["total_tokens"] == usage["input_tokens"] + 256
+    assert without["input_tokens_details"]["image_tokens"] == 0
 
 
 async def test_a_large_picture_is_drawn_in_the_models_own_area_and_told(app: FastAPI) -> None:
@@ -205,7 +261,16 @@ WRONG_FORMS: tuple[tuple[str, dict[str, str], Any, int, str, str | None, str], .
         "strength",
         "a number",
     ),
-    (EDITS, {"prompt": "a", "stream": "true"}, {"image": b"x"}, 400, "unsupported_value", "stream", "stream"),
+    (
+        EDITS,
+        {"prompt": "a", "stream": "true", "n": "2"},
+        {"image": b"x"},
+        400,
+        "invalid_value",
+        "n",
+        "of one",
+    ),
+    (EDITS, {"prompt": "a", "stream": "true"}, {"image": b"x"}, 400, "invalid_image", "image", "image must"),
     (
         EDITS,
         {"prompt": "a", "model": "dall-e-2"},
@@ -284,6 +349,14 @@ async def test_a_form_that_cannot_be_used_is_refused_in_a_sentence(
             400,
         ),
         ("multipart/form-data; boundary=x", b"", 400),
+        *(
+            (
+                f"multipart/form-data; boundary=x; charset={charset}",
+                b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n--x--\r\n',
+                400,
+            )
+            for charset in ("undefined", "punycode", "utf-16")
+        ),
     ],
 )
 async def test_a_body_that_is_no_form_is_refused(
@@ -293,6 +366,15 @@ async def test_a_body_that_is_no_form_is_refused(
         answer = await client.post(EDITS, content=body, headers={"content-type": content_type})
     assert answer.status_code == status
     assert answer.json()["error"]["message"].endswith(".")
+    assert ("charset" in content_type) == ("send its texts in utf-8" in answer.json()["error"]["message"])
+
+
+async def test_a_form_may_say_that_it_is_in_utf_8(app: FastAPI) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n--x--\r\n'
+    async with client_of(app) as client:
+        headers = {"content-type": 'multipart/form-data; boundary=x; charset="UTF-8"'}
+        answer = await client.post(EDITS, content=body, headers=headers)
+    assert answer.json()["error"]["param"] == "image", "the form was read, and lacks its picture"
 
 
 async def test_the_document_and_its_page_tell_of_both_routes(app: FastAPI) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from serve_app.results import ResultStore
 from serve_app.service import ImageService
 from serve_app.settings import Settings
 from tests.serve_app.conftest import client_of
+from tests.serve_app.object_store import BUCKET, object_store
 
 ASKED = {
     "prompt": "a red circle",
@@ -138,18 +140,46 @@ async def test_what_has_expired_is_told_as_gone(app_of, tmp_path: Path) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (410, "file_expired")
 
 
-async def test_a_picture_that_cannot_be_kept_is_told_as_such(app_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_a_picture_that_cannot_be_kept_is_in_the_answer_with_a_warning(app_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "results").write_text("a file where the folder should be")
     async with client_of(app_of()) as client:
-        answer = await client.post("/v1/images/generations", json=ASKED)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (507, "result_not_kept")
+        answer = await client.post("/v1/images/generations", json=ASKED | {"n": 2})
+        metrics = (await client.get("/metrics")).text
+    pictures = answer.json()["data"]
+    assert (answer.status_code, len(pictures)) == (200, 2)
+    for picture in pictures:
+        assert "url" not in picture
+        assert read_parameters(base64.b64decode(picture["b64_json"]))
+        assert picture["warnings"][-1]["code"] == "result_not_kept"
     assert str(tmp_path) not in answer.text
+    assert re.search(r'zimage_warnings_total\{[^}]*code="result_not_kept"[^}]*\} 2\.0', metrics)
+
+
+async def test_pictures_in_an_object_store_are_fetched_through_the_server(
+    app_of, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
+    with object_store() as bucket:
+        for name, value in bucket.environment.items():
+            monkeypatch.setenv(name, value)
+        async with client_of(app_of(results_url=f"s3://{BUCKET}/files")) as client:
+            answer = await client.post("/v1/images/generations", json=ASKED | {"n": 2})
+            urls = [picture["url"] for picture in answer.json()["data"]]
+            files = [(await client.get(url)).content for url in urls]
+            assert files == [bucket.objects[f"files/{url.rpartition('/')[2]}"][0] for url in urls]
+            bucket.failures = -1
+            silent = await client.get(urls[0])
+            drawn = await client.post("/v1/images/generations", json=ASKED)
+    assert (silent.status_code, silent.json()["error"]["code"]) == (503, "files_unavailable")
+    assert silent.headers["retry-after"] == "10"
+    (picture,) = drawn.json()["data"]
+    assert base64.b64decode(picture["b64_json"]) == files[0]
+    assert [warning["code"] for warning in picture["warnings"]][-1] == "result_not_kept"
 
 
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"results_url": "nowhere://bucket"}, "knows no nowhere"),
+        ({"results_url": "nowhere://bucket"}, "such as s3://"),
         ({"results_url": "pictures"}, "s3://bucket/prefix"),
         ({"result_bytes": "1MiB"}, "result_bytes"),
         ({"result_bytes": "much"}, "result_bytes"),
@@ -166,7 +196,7 @@ def test_settings_that_cannot_be_are_refused(changed: dict[str, object], told: s
 def test_a_place_by_url_and_sizes_as_text_are_taken() -> None:
     from serve_app.settings import load_settings
 
-    chosen = load_settings(results_url="memory://pictures", result_bytes="1GiB", data_dir="/srv/pictures")
-    assert (chosen.results_place, chosen.result_bytes) == ("memory://pictures", 2**30)
+    chosen = load_settings(results_url="s3://pictures/x", result_bytes="1GiB", data_dir="/srv/pictures")
+    assert (chosen.results_place, chosen.result_bytes) == ("s3://pictures/x", 2**30)
     assert load_settings(data_dir="/srv/pictures").results_place == Path("/srv/pictures/results")
     assert load_settings(data_dir="").data_dir == load_settings().data_dir

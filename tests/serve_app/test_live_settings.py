@@ -13,12 +13,14 @@ from pydantic import ValidationError
 from ray import serve
 
 from serve_app.image_codec import ImageEncoding
+from serve_app.ingress import build_asgi_app
 from serve_app.live_settings import READ_BY, InForce, LiveSettings, at_start, read_user_config
+from serve_app.metrics import ServerMetrics
 from serve_app.queueing import FairQueue, QueueFull
 from serve_app.service import ImageService
 from serve_app.settings import Settings, SettingsError, load_settings
 from serve_app.worker import ImageWorker
-from tests.serve_app.conftest import loaded_worker
+from tests.serve_app.conftest import client_of, loaded_worker
 from zimage_engine.errors import DeadlineExceeded
 from zimage_engine.types import GenerationRequest
 
@@ -148,3 +150,14 @@ def test_serve_passes_a_user_config_to_a_worker(settings: Settings) -> None:
     handle = serve.run(deployment.bind(settings), name="reconfigured", _local_testing_mode=True)
     with pytest.raises(DeadlineExceeded):
         handle.generate.remote(GenerationRequest("a red circle"), ImageEncoding("png")).result()
+
+
+async def test_readyz_tells_of_a_user_config_that_a_worker_refused(settings: Settings) -> None:
+    deployment = serve.deployment(ImageWorker, name="Refusing", user_config={"secret-thing": 1})
+    handle = serve.run(deployment.bind(settings), name="refusing", _local_testing_mode=True)
+    service = ImageService(handle, ServerMetrics("test"), settings)
+    async with client_of(build_asgi_app(service, settings)) as client:
+        answer = await client.get("/readyz")
+    assert answer.status_code == 200
+    assert "user_config cannot be used" in answer.json()["settings"]
+    assert "secret-thing" not in answer.text

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from serve_app import picture_input
 from serve_app.error_mapping import RequestRefused
@@ -207,6 +209,37 @@ def test_grey_in_16_bits_keeps_its_whole_range() -> None:
     assert (np.diff(values.astype(int)) >= 0).all() and len(np.unique(values)) == 256
 
 
+LARGE_PIXELS = 16_000_000
+BYTES_A_PIXEL = 16
+#: Unpacks a large picture in a process of its own, and tells by how many bytes that grew it at most.
+GROWN = """
+import sys
+from serve_app.picture_input import source_picture
+
+def most_kib():
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+    return int(line.split()[1])
+
+source_picture(sys.stdin.buffer.read(int(sys.argv[1])))
+large = sys.stdin.buffer.read()
+before = most_kib()
+source_picture(large)
+print((most_kib() - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells how large a process has been")
+@pytest.mark.parametrize("mode", ["I;16", "RGBA"])
+def test_a_large_picture_takes_little_more_room_than_its_pixels(mode: str) -> None:
+    small, large = (
+        packed(Image.new(mode, (width, 5000)), compress_level=1) for width in (8, LARGE_PIXELS // 5000)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", GROWN, str(len(small))], input=small + large, capture_output=True, check=True
+    )
+    assert int(done.stdout) < LARGE_PIXELS * BYTES_A_PIXEL
+
+
 def test_one_colour_of_a_palette_may_be_transparent() -> None:
     source = source_picture(palette(True))
     assert source.mask is not None
@@ -219,6 +252,14 @@ def test_half_of_a_pixels_transparency_is_half_of_a_mask() -> None:
     picture.putalpha(100)
     source = source_picture(packed(picture))
     assert source.mask is not None and set(source.mask) == {155}
+
+
+def test_a_faint_transparency_everywhere_is_no_mask() -> None:
+    picture = quarters().convert("RGBA")
+    picture.putalpha(200)
+    assert source_picture(packed(picture)).mask is None
+    with pytest.raises(RequestRefused, match="opaque everywhere, or nearly"):
+        source_picture(packed(quarters()), packed(picture))
 
 
 def test_a_mask_marks_what_is_transparent_in_it() -> None:
@@ -327,3 +368,86 @@ def test_what_cannot_be_used_is_refused_in_a_sentence_of_ours(name: str) -> None
     assert refusal.message.startswith(field) and refusal.message.endswith(".")
     for leaked in ("BytesIO", " at 0x", "Traceback", "/", "IDAT", "cannot identify"):
         assert leaked not in refusal.message
+
+
+# --- colours that a profile tells
+
+
+#: Display P3's colours as ICC stores them (XYZ under D50), and the way from linear P3 to linear sRGB.
+P3_COLOURS = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
+P3_TO_SRGB = np.array([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
+
+
+def icc(space: bytes, gamma: float, colours: tuple[tuple[float, float, float], ...] = ()) -> bytes:
+    """A profile made by hand of a gamma, and for RGB of three colours."""
+
+    def fixed(*values: float) -> bytes:
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    white = b"XYZ " + bytes(4) + fixed(0.9642, 1.0, 0.8249)
+    tags = {b"wtpt": white}
+    if space == b"GRAY":
+        tags[b"kTRC"] = curve
+    for letter, colour in zip((b"r", b"g", b"b"), colours, strict=False):
+        tags |= {letter + b"XYZ": b"XYZ " + bytes(4) + fixed(*colour), letter + b"TRC": curve}
+    at, table, content = 128 + 4 + 12 * len(tags), b"", b""
+    for name, value in tags.items():
+        table += name + struct.pack(">II", at + len(content), len(value))
+        content += value
+    size = at + len(content)
+    header = struct.pack(">I4sI4s4s4s", size, bytes(4), 0x02400000, b"mntr", space, b"XYZ ")
+    header += bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1.0, 0.8249)
+    return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + content
+
+
+DISPLAY_P3 = icc(b"RGB ", 2.2, P3_COLOURS)
+MUTED = (180, 90, 60)
+
+
+def as_srgb_of_p3(colour: tuple[int, int, int]) -> tuple[int, ...]:
+    """Reckoned without ICC: a gamma off, the matrix, sRGB's curve on."""
+    linear = (P3_TO_SRGB @ (np.array(colour) / 255) ** 2.2).clip(0, 1)
+    curved = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return tuple(round(each * 255) for each in curved.tolist())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_the_colours_of_a_wide_profile_are_brought_to_srgb(kind: str) -> None:
+    options = {"PNG": {}, "JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}[kind]
+    file = packed(Image.new("RGB", WIDE, MUTED), kind, icc_profile=DISPLAY_P3, **options)
+    expected = as_srgb_of_p3(MUTED)
+    assert max(abs(a - b) for a, b in zip(expected, MUTED, strict=True)) > 8
+    assert far(source_picture(file), Image.new("RGB", WIDE, expected)) <= 3
+
+
+def test_the_profile_of_a_picture_with_transparency_and_of_a_palette_counts_too() -> None:
+    expected = as_srgb_of_p3(MUTED)
+    seen = Image.new("RGBA", WIDE, (*MUTED, 255))
+    seen.paste((*MUTED, 0), (0, 0, 12, 16))
+    source = source_picture(packed(seen, icc_profile=DISPLAY_P3))
+    assert max(abs(a - b) for a, b in zip(colours(source).getpixel((20, 8)), expected, strict=True)) <= 3  # type: ignore[arg-type]
+    assert colours(source).getpixel((2, 8)) == WHITE and left_half(source)
+    few = packed(Image.new("RGB", WIDE, MUTED).quantize(4), icc_profile=DISPLAY_P3)
+    assert far(source_picture(few), Image.new("RGB", WIDE, expected)) <= 3
+
+
+def test_grey_of_another_gamma_is_brought_to_srgb() -> None:
+    file = packed(Image.new("L", WIDE, 128), icc_profile=icc(b"GRAY", 1.0))
+    assert far(source_picture(file), Image.new("RGB", WIDE, (188, 188, 188))) <= 2
+
+
+def test_a_picture_that_says_that_it_is_srgb_stays_as_it_is_to_the_bit() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert far(source_picture(packed(noise, icc_profile=profile)), noise) == 0
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [b"no profile", DISPLAY_P3[:150], icc(b"GRAY", 1.0), b"\0" * (picture_input.MAX_PROFILE_BYTES + 1)],
+    ids=["nonsense", "cut off", "of another mode", "too large"],
+)
+def test_a_profile_that_cannot_be_used_says_nothing(profile: bytes) -> None:
+    file = packed(quarters(), "WEBP", lossless=True, icc_profile=profile)
+    assert far(source_picture(file), quarters()) == 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +17,24 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from PIL import Image
+from ray import serve
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from serve_app import cli
 from serve_app.image_codec import FileFormat, ImageEncoding, encode, facts_of, read_receipt
+from serve_app.ingress import build_asgi_app
+from serve_app.metrics import ServerMetrics
+from serve_app.picture_input import UNPACKED_AT_ONCE
 from serve_app.receipt import differences, receipt_of, request_of
 from serve_app.reproduction import Reproduction, compare, read_given
+from serve_app.routes import reproduce
+from serve_app.service import ImageService
+from serve_app.settings import load_settings
+from serve_app.worker import ImageWorker
+from tests.serve_app.conftest import client_of
 from tests.zimage_engine.sampling.overflowing_models import BFLOAT16, write_overflowing
 from tests.zimage_engine.tiny_models.lora import write_lora
 from zimage_engine import Engine
@@ -119,8 +132,6 @@ def test_another_dtype_is_named(tiny_model: Path, engine: Engine) -> None:
 def test_other_weights_under_the_same_name_are_named(
     tiny_model: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / tiny_model.name
     shutil.copytree(tiny_model, folder)
     (file,) = (folder / "vae").glob("*.safetensors")
@@ -190,6 +201,18 @@ def _scaled(picture: bytes) -> bytes:
     return file.getvalue()
 
 
+def _as_gif(picture: bytes) -> bytes:
+    """With its receipt, in a format that none is ever drawn in."""
+    file = io.BytesIO()
+    Image.open(io.BytesIO(picture)).save(file, "gif", comment=json.dumps(read_receipt(picture)).encode())
+    return file.getvalue()
+
+
+def test_a_png_is_not_unpacked_to_look_for_its_receipt(engine: Engine) -> None:
+    picture = _without_receipt(drawn(engine, REQUEST))
+    assert read_receipt(picture[: len(picture) // 2]) is None
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
@@ -198,6 +221,7 @@ def _scaled(picture: bytes) -> bytes:
         (lambda picture: picture[: len(picture) // 2], "damaged or cut short"),
         (_without_receipt, "no receipt"),
         (_scaled, "cut or scaled"),
+        (_as_gif, "no picture"),
     ],
 )
 def test_what_is_no_picture_of_ours_is_refused(
@@ -219,6 +243,10 @@ def test_what_is_no_picture_of_ours_is_refused(
         ({"cut": True}, "too long for the file"),
         ({"edit": {"strength": 0.5}}, "drawn from another picture"),
         ({"edit": 7}, "edit must be an object"),
+        ({"threads": float("nan")}, "not finite"),
+        ({"guard": {"final_guidance_scale": float("inf")}}, "not finite"),
+        ({"scheduler": "half \ud800"}, "half a character"),
+        ({"versions": {"half \ud800": "1"}}, "half a character"),
     ],
 )
 def test_a_receipt_that_nothing_can_be_drawn_from_is_refused(
@@ -268,21 +296,171 @@ async def test_the_server_draws_its_pictures_again_from_file_and_from_receipt(
         assert body["receipt"]["pixels"] == told["receipt"]["pixels"]
 
 
+def _picture_file() -> bytes:
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(file, "png")
+    return file.getvalue()
+
+
 async def test_the_server_draws_its_edits_again_from_their_source(client: httpx.AsyncClient) -> None:
-    source = io.BytesIO()
-    Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(source, "png")
+    source = _picture_file()
     edited = await client.post(
         "/v1/images/edits",
         data={"prompt": "a red circle", "num_inference_steps": "4", "strength": "0.6", "receipt": "true"},
-        files={"image": ("source.png", source.getvalue(), "image/png")},
+        files={"image": ("source.png", source, "image/png")},
     )
     assert edited.status_code == 200, edited.text
     picture = {"image": edited.json()["data"][0]["b64_json"]}
     without = await client.post("/v1/images/reproduce", json=picture)
     assert (without.status_code, without.json()["error"]["param"]) == (400, "source")
-    picture["source"] = base64.b64encode(source.getvalue()).decode()
+    picture["source"] = base64.b64encode(source).decode()
     answer = await client.post("/v1/images/reproduce", json=picture)
     assert answer.json()["identical"] is True, answer.text
+
+
+async def test_the_server_draws_its_masked_edits_again(client: httpx.AsyncClient) -> None:
+    source, mask = io.BytesIO(), io.BytesIO()
+    Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(source, "png")
+    hole = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    hole.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    hole.save(mask, "png")
+    files = {"image": source.getvalue(), "mask": mask.getvalue()}
+    edited = await client.post(
+        "/v1/images/edits", data={"prompt": "a red circle", "num_inference_steps": "4"}, files=files
+    )
+    assert edited.status_code == 200, edited.text
+    asked = {
+        "image": edited.json()["data"][0]["b64_json"],
+        "source": base64.b64encode(files["image"]).decode(),
+        "mask": base64.b64encode(files["mask"]).decode(),
+    }
+    body = (await client.post("/v1/images/reproduce", json=asked)).json()
+    assert (body["identical"], body["differences"]) == (True, []), body["message"]
+    without_mask = (await client.post("/v1/images/reproduce", json={**asked, "mask": asked["source"]})).json()
+    assert "no transparency" in without_mask["error"]["message"]
+
+
+def _server(name: str, **changed: Any) -> FastAPI:
+    """A server with a worker of its own, in this process."""
+    chosen = load_settings(device="cpu", cpu_threads=1, ui=False, **changed)
+    deployment = serve.deployment(ImageWorker, name=f"Worker-{name}").bind(chosen)
+    handle = serve.run(deployment, name=name, route_prefix=f"/{name}", _local_testing_mode=True)
+    return build_asgi_app(ImageService(handle, ServerMetrics("test"), chosen), chosen)
+
+
+async def test_a_server_with_a_lora_draws_its_pictures_again_and_one_without_names_it(
+    client: httpx.AsyncClient, tiny_model: Path, tmp_path: Path
+) -> None:
+    lora = write_lora(tiny_model, tmp_path / "style.safetensors")
+    async with client_of(_server("with-lora", model=str(tiny_model), loras=[f"{lora}=0.8"])) as with_lora:
+        picture = {"image": (await _drawn_by(with_lora))["b64_json"]}
+        same = (await with_lora.post("/v1/images/reproduce", json=picture)).json()
+    other = (await client.post("/v1/images/reproduce", json=picture)).json()
+    assert (same["identical"], same["differences"]) == (True, []), same["message"]
+    assert (other["identical"], [each["name"] for each in other["differences"]]) == (False, ["loras"])
+    assert other["changed_pixels"] > 0 and "style.safetensors" in other["message"]
+
+
+async def test_a_server_whose_guard_recovered_a_picture_draws_it_again(tmp_path: Path) -> None:
+    folder = write_overflowing(BFLOAT16, tmp_path / "overflowing")
+    async with client_of(_server("overflowing", model=str(folder), dtype="bfloat16")) as recovering:
+        told = await _drawn_by(recovering, size="128x128")
+        assert told["receipt"]["guard"]["trips"][0]["recovered_by"] is not None
+        answer = await recovering.post("/v1/images/reproduce", json={"image": told["b64_json"]})
+    assert (answer.json()["identical"], answer.json()["differences"]) == (True, []), answer.text
+
+
+async def test_the_server_draws_again_what_a_batch_has_drawn(
+    client: httpx.AsyncClient, tiny_model: Path, tmp_path: Path
+) -> None:
+    prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "pictures"
+    prompts.write_text('{"prompt": "a red circle", "size": "64x64", "num_inference_steps": 2, "n": 2}\n')
+    options = ["--model", str(tiny_model), "--device", "cpu", "--threads", "1"]
+    done = CliRunner().invoke(cli.app, ["batch", str(prompts), "-o", str(folder), *options])
+    assert done.exit_code == 0, done.output
+    files = sorted(folder.glob("*.png"))
+    for file in files:
+        answer = await client.post(
+            "/v1/images/reproduce", content=file.read_bytes(), headers={"content-type": "image/png"}
+        )
+        assert (answer.json()["identical"], answer.json()["differences"]) == (True, []), answer.text
+    assert len(files) == 2
+
+
+async def test_the_server_names_other_weights_and_another_dtype(
+    client: httpx.AsyncClient, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / tiny_model.name
+    shutil.copytree(tiny_model, folder)
+    (file,) = (folder / "vae").glob("*.safetensors")
+    weights = {name: weight * 0.9 for name, weight in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    for model, dtype, cause in ((folder, None, "model.digest"), (tiny_model, "float32", "dtype")):
+        picture = drawn(Engine.load(model, "cpu", dtype=dtype, threads=1), REQUEST)
+        answer = await client.post(
+            "/v1/images/reproduce", content=picture, headers={"content-type": "image/png"}
+        )
+        body = answer.json()
+        assert (body["identical"], [each["name"] for each in body["differences"]]) == (False, [cause])
+        assert cause in body["message"] and body["changed_pixels"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "causes"),
+    [
+        ({"versions": {"torch": "1.0"}}, ["versions.torch"]),
+        ({"versions": {"zimage-turbo": "0.0.1"}}, ["versions.zimage-turbo"]),
+        ({"device": "cuda:0", "device_name": "NVIDIA H200"}, ["device", "device_name"]),
+        ({"threads": 64}, ["threads"]),
+    ],
+    ids=["torch", "this program", "device", "threads"],
+)
+async def test_the_server_names_another_version_and_another_device(
+    client: httpx.AsyncClient, changed: dict[str, Any], causes: list[str]
+) -> None:
+    receipt = (await _drawn_by(client))["receipt"]
+    versions = {**receipt["versions"], **changed.get("versions", {})}
+    then = {**receipt, **changed, "versions": versions, "pixels": "0" * 16}
+    body = (await client.post("/v1/images/reproduce", json={"receipt": then})).json()
+    assert (body["identical"], [each["name"] for each in body["differences"]]) == (False, causes)
+
+
+async def test_sources_are_unpacked_a_few_at_a_time(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def noting(*_: Any, **__: Any) -> SourcePicture:
+        threads.append(threading.current_thread().name)
+        raise InvalidRequest("it is not looked at", "source")
+
+    monkeypatch.setattr(reproduce, "source_picture", noting)
+    receipt = (await _drawn_by(client))["receipt"] | {"edit": {"strength": 0.5}}
+    body = {"receipt": receipt, "source": ""}
+    answers = await asyncio.gather(*(client.post("/v1/images/reproduce", json=body) for _ in range(12)))
+    assert {answer.status_code for answer in answers} == {400}
+    assert len(threads) == 12 and len(set(threads)) <= UNPACKED_AT_ONCE
+    assert {name.rpartition("_")[0] for name in threads} == {"unpack"}, "the threads of edits"
+
+
+async def test_a_receipt_that_no_answer_could_tell_of_is_refused_before_it_is_drawn(
+    client: httpx.AsyncClient,
+) -> None:
+    receipt = (await _drawn_by(client))["receipt"]
+    source = {"source": base64.b64encode(_picture_file()).decode()}
+    for changed, more in (
+        ({"threads": "INFINITE"}, {}),
+        ({"guard": {"final_guidance_scale": "INFINITE"}}, {}),
+        ({"scheduler": "half \ud800"}, {}),
+        ({"guidance_scale": 10**400}, {}),
+        ({"edit": {"strength": 10**400}}, source),
+        ({"edit": {"strength": -(10**12)}}, source),
+    ):
+        body = json.dumps({"receipt": {**receipt, **changed}, **more}).replace('"INFINITE"', "1e999")
+        answer = await client.post(
+            "/v1/images/reproduce", content=body, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 400, (changed, answer.text)
 
 
 async def test_a_receipt_is_told_only_where_it_is_asked_for(client: httpx.AsyncClient) -> None:
@@ -341,3 +519,35 @@ def test_the_command_says_identical_different_or_why_it_cannot(
     (tmp_path / "notes.png").write_text("no picture")
     assert reproduce(str(tmp_path / "notes.png"))[0] == 2
     assert reproduce(str(tmp_path / "nothing.png"))[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("{model}", "say with --model where it is"),
+        ("owner/name", "say with --model where it is"),
+        ("../owner/name", "say with --model where it is"),
+        ("~/owner/name", "say with --model where it is"),
+        ("owner/another", "fetch it first: zimage-turbo download"),
+    ],
+)
+def test_a_picture_chooses_no_folder_and_downloads_nothing(
+    tiny_model: Path,
+    engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    said: str,
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").symlink_to(tiny_model)
+    monkeypatch.chdir(tmp_path)
+    result = engine.generate(REQUEST)
+    of_its_own = replace(result.report, model=name.format(model=tiny_model))
+    Path("picture.png").write_bytes(encode(result.images[0], ImageEncoding("png"), facts_of(of_its_own, 0)))
+    done = CliRunner().invoke(cli.app, ["reproduce", "picture.png", "--threads", "1"])
+    assert (done.exit_code, said in done.output) == (2, True), done.output

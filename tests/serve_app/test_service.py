@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 from ray import serve
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -72,6 +72,8 @@ class ScriptedWorkers:
     fates: list[BaseException | None] = field(default_factory=list)
     alive: int = 1
     seen: list[GenerationRequest] = field(default_factory=list)
+    #: The name of who answers a broadcast: the worker that drew, where that is still alive.
+    answers_to: str = "one that is asked"
 
     def options(self, stream: bool) -> ScriptedWorkers:
         return self
@@ -94,13 +96,20 @@ class ScriptedWorkers:
         return reply_to(request)
 
     async def _stream(
-        self, request: GenerationRequest, encoding: ImageEncoding, previews: int, trace_id: str = ""
-    ) -> AsyncIterator[StepProgress | WorkerReply]:
+        self,
+        request: GenerationRequest,
+        encoding: ImageEncoding,
+        previews: int,
+        trace_id: str = "",
+        tell_first: bool = False,
+    ) -> AsyncIterator[DrawingBegan | StepProgress | WorkerReply]:
+        yield DrawingBegan("one that is asked")
         yield StepProgress(1, 1, 1, 2)
         yield await self._draw(request, encoding)
 
     def broadcast(self, method: str) -> Any:
-        return _Answers([MODEL if method == "describe" else "# no metrics\n"] * self.alive)
+        answers = {"describe": MODEL, "name": self.answers_to}
+        return _Answers([answers.get(method, "# no metrics\n")] * self.alive)
 
 
 @dataclass
@@ -134,6 +143,25 @@ async def test_a_request_whose_worker_dies_is_drawn_by_another_with_the_same_see
     first, second = workers.seen
     assert first == second
     assert reply.report.pictures[0].seed == first.seed
+
+
+AWAY = ActorUnavailableError("the connection was lost", None)
+
+
+async def test_a_worker_that_is_out_of_reach_for_a_moment_is_no_death() -> None:
+    # Of the first nothing is known, for there is no stream that would tell who it was.
+    workers = ScriptedWorkers([AWAY, AWAY, AWAY, None])
+    service = service_over(workers)
+    assert (await service.generate(REQUEST, PNG)).pictures == (b"picture",)
+    await service.generate(REQUEST, PNG)
+
+
+async def test_a_worker_that_is_out_of_reach_for_good_is_one() -> None:
+    """So Ray tells of a process that ends at once: that its actor is unavailable."""
+    workers = ScriptedWorkers([AWAY, AWAY, None], answers_to="another that was started")
+    with pytest.raises(RequestKillsWorkers):
+        await service_over(workers).generate(REQUEST, PNG)
+    assert len(workers.seen) == 2
 
 
 async def test_a_stream_whose_worker_dies_starts_over() -> None:
@@ -173,7 +201,12 @@ class BusyWorkers(ScriptedWorkers):
     """Whoever is streamed meets its fate before anything was drawn for it: the worker drew something else."""
 
     async def _stream(
-        self, request: GenerationRequest, encoding: ImageEncoding, previews: int, trace_id: str = ""
+        self,
+        request: GenerationRequest,
+        encoding: ImageEncoding,
+        previews: int,
+        trace_id: str = "",
+        tell_first: bool = False,
     ) -> AsyncIterator[DrawingBegan | StepProgress | WorkerReply]:
         reply = await self._draw(request, encoding)
         yield DrawingBegan()

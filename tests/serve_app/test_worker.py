@@ -45,7 +45,7 @@ async def _loaded_for_any_loop(settings: Settings) -> ImageWorker:
 def drawings(worker: ImageWorker, monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
     """When each drawing of the engine began and ended; the lock belongs to this test's event loop."""
     spans: list[tuple[float, float]] = []
-    generate: Callable[..., GenerationResult] = worker._engine.generate
+    generate: Callable[..., GenerationResult] = worker._pool.engines[0].generate
 
     def timed(request: GenerationRequest, control: DrawingControl) -> GenerationResult:
         began = time.monotonic()
@@ -54,7 +54,7 @@ def drawings(worker: ImageWorker, monkeypatch: pytest.MonkeyPatch) -> list[tuple
         finally:
             spans.append((began, time.monotonic()))
 
-    monkeypatch.setattr(worker._engine, "generate", timed)
+    monkeypatch.setattr(worker._pool.engines[0], "generate", timed)
     monkeypatch.setattr(worker, "_turn", asyncio.Lock())
     return spans
 
@@ -82,13 +82,16 @@ async def test_loras_of_the_settings_act_and_are_told(
     parameters = read_parameters(reply.pictures[0])
     assert parameters is not None
     assert f'Lora 1: "<lora:style:0.5>, {use.adapted_modules} modules"' in parameters
-    plain = worker._engine.generate(REQUEST).images[0]
+    plain = worker._pool.engines[0].generate(REQUEST).images[0]
     assert Image.open(io.BytesIO(reply.pictures[0])).tobytes() != plain.tobytes()
 
 
 async def test_steps_are_told_as_they_end(worker: ImageWorker, drawings: list[tuple[float, float]]) -> None:
     items = [item async for item in worker.generate_streaming(replace(REQUEST, n=2), PNG)]
-    assert items[:-1] == [DrawingBegan(), *(StepProgress(p, 2, s, 3) for p in (1, 2) for s in (1, 2, 3))]
+    assert items[:-1] == [
+        DrawingBegan("local"),
+        *(StepProgress(p, 2, s, 3) for p in (1, 2) for s in (1, 2, 3)),
+    ]
     assert isinstance(items[-1], WorkerReply)
 
 
@@ -143,7 +146,7 @@ async def test_a_reader_that_leaves_the_stream_stops_the_drawing(
     worker: ImageWorker, drawings: list[tuple[float, float]]
 ) -> None:
     stream = worker.generate_streaming(replace(LONG, n=10), PNG)
-    assert await anext(stream) == DrawingBegan()
+    assert await anext(stream) == DrawingBegan("local")
     assert isinstance(await anext(stream), StepProgress)
     await stream.aclose()  # type: ignore[attr-defined]
     assert len(drawings) == 1, "the stream was closed, and the engine still draws"

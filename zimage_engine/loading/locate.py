@@ -15,6 +15,11 @@ _HUB_ID = re.compile(
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether it is written as `locate` takes a model of the hub: owner/name, or owner/name@revision."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
 def locate(path_or_repo_id: str | Path, *, fetch: bool = True) -> Path:
     """The folder or file on disk that `path_or_repo_id` stands for.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from zimage_engine.errors import CheckpointDamaged, EngineError
+from zimage_engine.loading.lora_description import check_unet_lora
 from zimage_engine.loading.lora_layouts import (
     AdaptedModule,
     LoraFeatures,
@@ -66,29 +67,51 @@ def apply_loras(pipeline: Any, loras: Sequence[LoraWeight]) -> tuple[LoraReport,
     return reports
 
 
-def replace_loras(pipeline: Any, loras: Sequence[LoraWeight]) -> tuple[LoraReport, ...]:
-    """Put `loras` on `pipeline` in place of all that are on it; on an error those stay as they are.
-
-    None leaves no trace of any. Raises as `apply_loras`.
-    """
-    if not loras:
-        remove_loras(pipeline)
-        return ()
-    _require_loader(pipeline)
-    replaced = _all_adapters(pipeline)
-    reports = apply_loras(pipeline, loras)
-    if replaced:
-        _delete(pipeline, sorted(replaced))
-        pipeline.set_adapters(
-            [report.adapter_name for report in reports], [report.weight for report in reports]
-        )
-    return reports
-
-
 def remove_loras(pipeline: Any) -> None:
     """Take every LoRA off `pipeline`; it draws what it drew before, to the bit."""
     if hasattr(pipeline, "unload_lora_weights"):
         pipeline.unload_lora_weights()
+
+
+def activate_loras(pipeline: Any, names: list[str], weights: list[float]) -> None:
+    """Let these LoRAs that are on `pipeline` act, in this order, and no others; none: all are idle.
+
+    With none it draws to the bit what it draws with none on it.
+    """
+    if names:
+        pipeline.set_adapters(names, weights)
+        return
+    for _, _, layer in _layers(pipeline):  # diffusers knows no empty list
+        layer.set_adapter([])
+
+
+def delete_loras(pipeline: Any, names: list[str]) -> None:
+    """Take some of the LoRAs off `pipeline`; `activate_loras` has to follow. Others have to stay on it."""
+    _delete(pipeline, names)
+
+
+def adapted_components(pipeline: Any, name: str) -> set[str]:
+    """The components, such as unet and text_encoder, in which the LoRA of that name adapts something."""
+    return {component for component, _ in _adapted_by(pipeline, name)}
+
+
+def lora_checker(pipeline: Any) -> Callable[[LoraFeatures], None]:
+    """What raises CheckpointDamaged for a file that does not fit `pipeline`, from the file's header alone.
+
+    Where diffusers places the pairs (SDXL), a file that passes may still be refused when it is put on.
+    """
+    if not hasattr(pipeline, "load_lora_weights"):
+        return lambda _: _require_loader(pipeline)
+    denoiser = getattr(pipeline, "transformer", None)
+    if denoiser is None:
+        width = pipeline.unet.config.cross_attention_dim
+        return lambda features: check_unet_lora(features, width)
+    shapes = _weight_shapes(denoiser)
+
+    def check(features: LoraFeatures) -> None:
+        normalise(features, shapes)
+
+    return check
 
 
 def _delete(pipeline: Any, names: list[str]) -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zimage_engine.checkpoint.safetensors_header import read_safetensors_header
-from zimage_engine.errors import UnknownFamily
+from zimage_engine.errors import CheckpointDamaged, UnknownFamily
 from zimage_engine.loading.lora_layouts import (
+    LoraFeatures,
     Shape,
     StoredPair,
     is_text_encoder,
@@ -133,6 +134,19 @@ def describe_lora(path: Path) -> LoraDescription:
         made_for=title,
         is_drawn_here=drawn,
     )
+
+
+def check_unet_lora(features: LoraFeatures, width: int) -> None:
+    """Raise CheckpointDamaged for a file that is for no UNet with prompts `width` wide, as its names tell."""
+    pairs = stored_pairs(features)
+    (target,) = (each for each in LORA_TARGETS if each.width_of.startswith("attn2"))
+    own = [pair.stem for pair in pairs if not is_text_encoder(pair.stem)]
+    got = _width(target, pairs)
+    if (own and not any(re.search(target.modules, stem) for stem in own)) or got not in (None, width):
+        raise CheckpointDamaged(
+            f"{features.path} was made for {_made_for(pairs)[0]}, as its names and shapes tell; expected one "
+            f"for {target.title}, {width} wide: take one made for this model"
+        )
 
 
 def adapted_modules(path: Path, weights: dict[str, Shape]) -> int:

@@ -53,17 +53,19 @@ class Phrase:
 
     def found_in(self, text: str) -> str | None:
         """How `text` words this meaning first, asked for or warned of; None where it does not."""
-        found = self._pattern.search(_folded(text))
-        return None if found is None else found.group()
+        folded = _folded(text)
+        found = self._pattern.search(simplified(folded))
+        return None if found is None else folded[found.start() : found.end()]
 
     def asked_for_in(self, text: str) -> str | None:
         """How `text` words this meaning first without a negator before it; None where it does not."""
         folded = _folded(text)
+        plain = simplified(folded)
         return next(
             (
-                found.group()
-                for found in self._pattern.finditer(folded)
-                if not is_negated(folded, found.start())
+                folded[found.start() : found.end()]
+                for found in self._pattern.finditer(plain)
+                if not is_negated(plain, found.start()) and not _is_joined_to_negated(plain, found.start())
             ),
             None,
         )
@@ -97,6 +99,28 @@ def lexicon(language: str) -> Lexicon:
 def is_negated(folded: str, start: int) -> bool:
     """Whether what begins at `start` of a text without case is warned of there rather than asked for."""
     return _negation().search(folded, max(0, start - _NEGATION_REACH), start) is not None
+
+
+def joins(between: str) -> bool:
+    """Whether what stands between two words, without case, says of the second what is said of the first."""
+    return _joining().fullmatch(between) is not None
+
+
+def _is_joined_to_negated(folded: str, start: int) -> bool:
+    """Whether a word or two that are warned of are joined to what begins at `start`."""
+    return _joined_negation().search(folded, max(0, start - _NEGATION_REACH), start) is not None
+
+
+@cache
+def simplified_characters() -> Mapping[str, str]:
+    """For each traditional character that is known the simplified one in which the lexicons have it."""
+    return {pair[0]: pair[1] for pair in read_lexicon_file("traditional")["pairs"].split()}
+
+
+@lru_cache(maxsize=4)
+def simplified(text: str) -> str:
+    """The text with simplified characters in the places of traditional ones; none moves."""
+    return text.translate({ord(each): plain for each, plain in simplified_characters().items()})
 
 
 @cache
@@ -136,7 +160,7 @@ def _any_of(wordings: Iterable[str]) -> re.Pattern[str]:
 
 
 def _one(wording: str) -> str:
-    folded = _folded(wording)
+    folded = simplified(_folded(wording))
     before = rf"(?<![{LATIN}])" if re.match(f"[{LATIN}]", folded) else ""
     behind = rf"(?![{LATIN}])" if re.search(f"[{LATIN}]$", folded) else ""
     return before + GAP.join(re.escape(part) for part in _PART.findall(folded)) + behind
@@ -145,7 +169,35 @@ def _one(wording: str) -> str:
 @cache
 def _negation() -> re.Pattern[str]:
     """Finds a negator at the very end of a text, with nothing but fillers behind it."""
+    return re.compile(rf"{_denial()}\Z")
+
+
+@cache
+def _denial() -> str:
+    """Matches a negator and the fillers behind it."""
     rows = [read_lexicon_file(language)["negation"] for language in LANGUAGES]
-    negators = "|".join(_one(word) for row in rows for word in row["negators"])
+    within = [word for row in rows for word in row["within"]]
+    negators = "|".join(_negator(word, within) for row in rows for word in row["negators"])
     fillers = "|".join(_one(word) for row in rows for word in row["fillers"])
-    return re.compile(rf"(?:{negators})(?:{GAP}(?:{fillers}))*{GAP}\Z")
+    return rf"(?:{negators})(?:{GAP}(?:{fillers}))*{GAP}"
+
+
+def _negator(word: str, within: Iterable[str]) -> str:
+    """Finds the word where it is not the end of one of those."""
+    begins = [other.removesuffix(word) for other in within if other.endswith(word)]
+    return "".join(f"(?<!{re.escape(begin)})" for begin in begins) + _one(word)
+
+
+@cache
+def _joining() -> re.Pattern[str]:
+    words = "|".join(
+        _one(word) for name in LANGUAGES for word in read_lexicon_file(name)["negation"]["joining"]
+    )
+    return re.compile(rf"{GAP}(?:{words}){GAP}")
+
+
+@cache
+def _joined_negation() -> re.Pattern[str]:
+    """Finds at the end of a text a negator, a word that need not be known, and what joins another to it."""
+    word = rf"(?:[{LATIN}']+|[\u4e00-\u9fff]{{1,4}})"
+    return re.compile(rf"{_denial()}{word}{_joining().pattern}\Z")

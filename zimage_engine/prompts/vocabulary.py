@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 
-from zimage_engine.prompts.phrases import GAP, LANGUAGES, LATIN, is_negated, lexicon, read_lexicon_file
+from zimage_engine.prompts.phrases import (
+    GAP,
+    LANGUAGES,
+    LATIN,
+    is_negated,
+    joins,
+    lexicon,
+    read_lexicon_file,
+    simplified_characters,
+)
 
 #: Words under this name are found and say nothing, so that what is within them is not found.
 NOTHING = "nothing"
@@ -55,6 +64,8 @@ def find_words(text: str) -> Iterator[Found]:
     # Whether unit i + 1 may go on with the phrase that unit i is in.
     joined = [_IS_GAP.fullmatch(folded, one[2], other[1]) is not None for one, other in pairwise(units)]
     root, index = _tree(), 0
+    # Up to where a word reaches that is warned of: what is joined to it is warned of as well.
+    denied: int | None = None
     while index < len(units):
         last, entry = _longest(root, units, joined, index)
         if entry is None:
@@ -63,8 +74,11 @@ def find_words(text: str) -> Iterator[Found]:
         kind, says, language = entry
         start, end = units[index][1], units[last][2]
         index = last + 1
+        carried = denied is not None and joins(folded[denied:start])
+        negated = carried or is_negated(folded, start)
+        denied = end if negated else None
         if kind != NOTHING:
-            yield Found(origin[start], origin[end - 1] + 1, kind, says, language, is_negated(folded, start))
+            yield Found(origin[start], origin[end - 1] + 1, kind, says, language, negated)
 
 
 def _longest(
@@ -86,7 +100,7 @@ def _longest(
 
 def _folded(text: str) -> tuple[str, list[int]]:
     """The text without case, width and traditional forms, and for each of its characters that in `text`."""
-    table = _simplified()
+    table = simplified_characters()
     pieces, origin = [], []
     for index, character in enumerate(text):
         piece = table.get(character)
@@ -100,11 +114,6 @@ def _folded(text: str) -> tuple[str, list[int]]:
         pieces.append(piece)
         origin.extend([index] * len(piece))
     return "".join(pieces), origin
-
-
-@cache
-def _simplified() -> dict[str, str]:
-    return {pair[0]: pair[1] for pair in read_lexicon_file("traditional")["pairs"].split()}
 
 
 @cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -42,8 +43,27 @@ class PreparedSource:
 
     picture: Image.Image
     mask: Image.Image | None
-    #: By whether it was encoded in float32.
-    _latents: dict[bool, torch.Tensor] = field(default_factory=dict)
+    #: By whether it was encoded in float32; with each what the guard met, until a picture's report tells it.
+    _latents: dict[bool, tuple[torch.Tensor, tuple[GuardTrip, ...]]] = field(default_factory=dict)
+
+    def tell_once(self) -> None:
+        """A picture is drawn whose report tells what the guard met; those that follow need not."""
+        self._latents = {key: (latents, ()) for key, (latents, _) in self._latents.items()}
+
+    def cells(self, side_px: int) -> Image.Image | None:
+        """The mask for a pipeline: white in every square of `side_px`, one latent's, that it touches at all.
+
+        Pipelines take one pixel of each square for all of it, and what is less than half white for black: of
+        a thin stroke or a faint one nothing would be drawn.
+        """
+        if self.mask is None:
+            return None
+        marked = np.asarray(self.mask) > 0
+        height, width = marked.shape
+        marked = np.pad(marked, ((0, -height % side_px), (0, -width % side_px)))
+        squares = marked.reshape(marked.shape[0] // side_px, side_px, -1, side_px).any(axis=(1, 3))
+        grown = squares.repeat(side_px, axis=0).repeat(side_px, axis=1)[:height, :width]
+        return Image.fromarray(np.where(grown, 255, 0).astype(np.uint8))
 
     def pasted(self, drawn: Image.Image) -> Image.Image:
         """`drawn`, with the source's own pixels where the mask leaves them, exactly; as it is without a mask.
@@ -93,7 +113,11 @@ class ZImageSource:
         if source.mask is None:
             return whole
         # What is left of the picture under the mask is for models that take it as channels; none here does.
-        return {**whole, "mask_image": source.mask, "masked_image_latents": latents}
+        return {
+            **whole,
+            "mask_image": source.cells(pipeline.vae_scale_factor),
+            "masked_image_latents": latents,
+        }
 
 
 class SDXLSource:
@@ -108,7 +132,8 @@ class SDXLSource:
         scaled = {"image": _scaled(pipeline.vae.config, latents)}
         if source.mask is None:
             return scaled
-        return {**scaled, "mask_image": source.mask, "width": width_px, "height": height_px}
+        cells = source.cells(pipeline.vae_scale_factor)
+        return {**scaled, "mask_image": cells, "width": width_px, "height": height_px}
 
 
 def _scaled(config: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -186,20 +211,27 @@ def _around(stock: Any, name: str) -> Any:
     made_of = getattr(diffusers, name)
     options = {"add_watermarker": False} if hasattr(stock, "watermark") else {}
     for option in ("force_zeros_for_empty_prompt", "requires_aesthetics_score"):
-        if option in stock.config and options:
+        if option in stock.config:
             options[option] = stock.config[option]
-    members = {
-        "__module__": made_of.__module__,
-        "__qualname__": made_of.__qualname__,
-        "_execution_device": property(lambda _: stock._execution_device),
-        "maybe_free_model_hooks": lambda _: stock.maybe_free_model_hooks(),
-    }
     pipeline = made_of(**stock.components, **options)
-    pipeline.__class__ = type(made_of.__name__, (made_of,), members)
+    vars(pipeline)["_stock"] = stock
+    pipeline.__class__ = _leaning(made_of)
     if hasattr(stock, "watermark"):
         pipeline.watermark = stock.watermark
     pipeline._progress_bar_config = dict(getattr(stock, "_progress_bar_config", {}))
     return pipeline
+
+
+@cache
+def _leaning(made_of: type) -> type:
+    """That class, of pipelines that compute and free memory as their `_stock` does; one for all edits."""
+    members = {
+        "__module__": made_of.__module__,
+        "__qualname__": made_of.__qualname__,
+        "_execution_device": property(lambda self: self._stock._execution_device),
+        "maybe_free_model_hooks": lambda self: self._stock.maybe_free_model_hooks(),
+    }
+    return type(made_of.__name__, (made_of,), members)
 
 
 def encoded(
@@ -211,14 +243,15 @@ def encoded(
 ) -> tuple[torch.Tensor, tuple[GuardTrip, ...]]:
     """The source's latents (1, C, H/8, W/8), not yet scaled, and what the guard met when they were made.
 
-    They are made once for all pictures of a request. Raises GuardExhausted where a bad value comes back.
+    They are made once for all pictures of a request, and what was met is answered until it is told. Raises
+    GuardExhausted where a bad value comes back.
     """
     if in_float32 in source._latents:
-        return source._latents[in_float32], ()
+        return source._latents[in_float32]
     vae = stock.vae
     pixels = _pixels(source.picture).to(stock._execution_device, vae.dtype)
     latents, trips = _guarded(vae, pixels, family.decode_rungs, clock, Measures(float32=in_float32))
-    source._latents[in_float32] = latents
+    source._latents[in_float32] = latents, trips
     return latents, trips
 
 

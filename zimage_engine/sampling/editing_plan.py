@@ -11,6 +11,8 @@ from zimage_engine.types import GenerationRequest, ModelDescription, Notice, Sou
 
 #: The VAE of no family takes less, and a picture of fewer pixels a side shows nothing.
 SMALLEST_SIDE_PX = 8
+#: Between two numbers of steps nobody sees less.
+TOLD_EXCESS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def plan_edit(
     default = family.editing.masked_strength if masked else family.editing.strength
     strength = _strength(default if request.strength is None else request.strength)
     plan = EditPlan(strength, steps_run(steps, strength), masked, source.width, source.height)
-    return plan, _notices(source, width_px, height_px)
+    return plan, (*_stronger(plan, steps), *_notices(source, width_px, height_px))
 
 
 def steps_run(steps: int, strength: float) -> int:
@@ -63,14 +65,34 @@ def steps_run(steps: int, strength: float) -> int:
     return max(1, int(steps * strength + 1e-6))
 
 
+def _stronger(plan: EditPlan, steps: int) -> tuple[Notice, ...]:
+    """Says where the one step that is always drawn is far more than the strength that was asked."""
+    drawn = plan.steps_run / steps
+    if drawn - plan.strength <= TOLD_EXCESS:
+        return ()
+    return (
+        Notice(
+            "strength_raised",
+            f"one step is drawn at the least, and of {steps} that is a strength of {drawn:g} and not "
+            f"{plan.strength:g}; ask for more steps",
+        ),
+    )
+
+
 def fitted_size(source: SourcePicture, model: ModelDescription) -> tuple[int, int]:
     """Width and height in pixels that a picture is drawn in by default: its own on the model's grid.
 
-    A picture of more pixels than the model's own size is scaled down to as many.
+    A picture of more pixels than the model's own size is scaled down to as many, and one that is longer then
+    than the model draws as far as that, in its own shape.
     """
     _check_source(source)
     native_pixels = model.native_width * model.native_height
-    scale = min(1.0, math.sqrt(native_pixels / (source.width * source.height)))
+    longest_px = _on_grid(model.max_side, model)
+    scale = min(
+        1.0,
+        math.sqrt(native_pixels / (source.width * source.height)),
+        longest_px / max(source.width, source.height),
+    )
     return _on_grid(source.width * scale, model), _on_grid(source.height * scale, model)
 
 
@@ -94,17 +116,25 @@ def _check_source(source: SourcePicture) -> None:
                 f"got {len(content)}",
                 name,
             )
-    if source.mask is not None and not any(source.mask):
-        raise InvalidRequest("mask leaves nothing to be drawn anew; mark a part of the picture", "mask")
+    # The bytes below 128 are those of ASCII, and a fast look.
+    if source.mask is not None and source.mask.isascii():
+        raise InvalidRequest(
+            "mask leaves nothing to be drawn anew: no pixel of it is marked by half or more; mark a part of "
+            "the picture",
+            "mask",
+        )
 
 
 def _strength(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # A whole number may be too long for a float, and for a sentence.
+    if not is_number or (isinstance(value, float) and not math.isfinite(value)):
         raise InvalidRequest("strength must be a number above 0 and up to 1", "strength")
+    assert isinstance(value, int | float)
     if not 0.0 < value <= 1.0:
         raise InvalidRequest(
             f"strength must be above 0 (hardly anything changes) and at most 1 (all is drawn anew), "
-            f"got {value:g}",
+            f"got {f'{value:g}' if abs(value) < 1e9 else 'a number far outside of that'}",
             "strength",
         )
     return float(value)

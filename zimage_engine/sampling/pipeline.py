@@ -51,7 +51,8 @@ class DrawnPicture:
 
     `denoise_seconds` runs from the call of the pipeline to the end of its last step (so it holds the
     drawing of the noise, and what was drawn again after a fault), `decode_seconds` from there to the
-    finished picture.
+    finished picture. Where a picture is edited, the first one's `denoise_seconds` hold the VAE's encoding of
+    its source too.
     """
 
     image: Image = field(repr=False)
@@ -77,6 +78,8 @@ class GuardedPipeline:
         self._family = family
         self._clock = clock
         self._encoder = encoder_for(pipeline)
+        #: What draws now: the stock pipeline, or one around its components that draws from a picture.
+        self.at_work = pipeline
         #: What was at work last; an out-of-memory that comes out of a call belongs to it.
         self.stage: Literal["encode", "denoise", "decode"] = "encode"
 
@@ -209,13 +212,17 @@ class GuardedPipeline:
         if source is None:
             return _Drawing(self, plan, embeddings, seed, check, on_step, start).run()
         started = self._clock()
-        latents, trips = self._encoded_source(source, in_float32)
+        try:
+            latents, trips = self._encoded_source(source, in_float32)
+        except GuardExhausted as exhausted:
+            raise GuardExhausted(exhausted.message, (*embeddings.trips, *exhausted.trips)) from None
         encode_seconds = self._clock() - started
         drawing = _Drawing(self, plan, embeddings, seed, check, on_step, start, (source, latents))
         try:
             drawn = drawing.run()
         except GuardExhausted as exhausted:
             raise GuardExhausted(exhausted.message, (*trips, *exhausted.trips)) from None
+        source.tell_once()
         return replace(
             drawn,
             denoise_seconds=encode_seconds + drawn.denoise_seconds,
@@ -228,10 +235,11 @@ class GuardedPipeline:
         """The source's latents. What helps the VAE to decode where memory is short helps it here."""
         self.stage = "decode"
         try:
-            return encoded(self._pipeline, self._family, source, self._clock, in_float32)
+            latents_and_trips = encoded(self._pipeline, self._family, source, self._clock, in_float32)
         finally:
             self._pipeline.maybe_free_model_hooks()
-            self.stage = "denoise"
+        self.stage = "denoise"
+        return latents_and_trips
 
 
 class _Drawing:
@@ -408,10 +416,12 @@ class _Drawing:
         members = vars(self._pipeline)
         stock = members["scheduler"]
         members["scheduler"] = guarded_scheduler(stock, self._watch)
+        self._guarded.at_work = self._pipeline
         try:
             yield
         finally:
             members["scheduler"] = stock
+            self._guarded.at_work = self._guarded._pipeline
 
 
 def context_of(measures: Measures) -> Callable[[torch.nn.Module], Any] | None:

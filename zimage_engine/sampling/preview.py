@@ -83,7 +83,8 @@ def _along_the_line(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
     started = scheduler.watch.last_good
     if getattr(scheduler.config, "stochastic_sampling", False):
         return latents
-    before, now = (float(scheduler.sigmas[index]) for index in (started.step, started.step + 1))
+    index = _index(scheduler, started.step)
+    before, now = (float(scheduler.sigmas[each]) for each in (index, index + 1))
     return latents + (latents - started.latents) * (now / (before - now))
 
 
@@ -93,10 +94,15 @@ def _without_noise(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
     if scheduler.config.prediction_type != "epsilon" or noise.shape != started.latents.shape:
         return latents
     if isinstance(sigmas := getattr(scheduler, "sigmas", None), torch.Tensor):
-        clean: torch.Tensor = started.latents - noise * float(sigmas[started.step])
+        clean: torch.Tensor = started.latents - noise * float(sigmas[_index(scheduler, started.step)])
         return clean
-    kept = float(scheduler.alphas_cumprod[scheduler.timesteps[started.step]])
+    kept = float(scheduler.alphas_cumprod[scheduler.timesteps[_index(scheduler, started.step)]])
     return (started.latents - noise * (1 - kept) ** 0.5) / kept**0.5
+
+
+def _index(scheduler: Any, step: int) -> int:
+    """Where a drawing's step, from 0, is in the schedule: one from a picture leaves the first of it out."""
+    return int(scheduler.watch.left_out * scheduler.order + step)
 
 
 def _as_predicted(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:

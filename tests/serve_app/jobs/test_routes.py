@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import logging
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
-from serve_app.jobs.store import JobStore
-from serve_app.metrics import ServerMetrics
+from serve_app.jobs.store import JobStore, Limits, NewJob
+from serve_app.metrics import JOB_STATUSES, ServerMetrics
 from serve_app.service import ImageService
 from tests.serve_app.jobs.conftest import SMALL
 
@@ -95,8 +99,9 @@ async def test_the_list_has_pages_and_a_filter(jobs_client: httpx.AsyncClient) -
     for status, count in (("done", 3), ("failed", 0)):
         page = (await jobs_client.get(JOBS, params={"status": status})).json()
         assert (len(page["data"]), page["last_id"] is None) == (count, count == 0)
-    for params in ({"limit": "0"}, {"limit": "x"}, {"status": "odd"}, {"after": "job-none"}):
+    for params in ({"limit": "0"}, {"limit": "x"}, {"status": "odd"}):
         assert (await jobs_client.get(JOBS, params=params)).status_code == 400, params
+    assert (await jobs_client.get(JOBS, params={"after": "job-none"})).status_code == 404
 
 
 async def test_events_come_once_each_and_again_from_any_of_them(jobs_client: httpx.AsyncClient) -> None:
@@ -181,3 +186,106 @@ def pictures_drawn(metrics: ServerMetrics) -> float:
     _, text = metrics.named_text()
     lines = [line for line in text.splitlines() if line.startswith("zimage_pictures_total")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def picture_file(color: str, size: int = 64) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (size, size), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def mask_file(size: int = 64) -> bytes:
+    """The upper half is drawn anew."""
+    mask = Image.new("RGBA", (size, size), "black")
+    mask.paste((0, 0, 0, 0), (0, 0, size, size // 2))
+    file = io.BytesIO()
+    mask.save(file, "PNG")
+    return file.getvalue()
+
+
+TEXTS = {"num_inference_steps": "4", "strength": "0.6", "seed": "5", "size": "64x64"}
+#: What is drawn from a picture: the address, its texts, and its files.
+FROM_PICTURES = [
+    ("/v1/images/edits", TEXTS | {"prompt": "a blue square"}, {"image": picture_file("red")}),
+    (
+        "/v1/images/edits",
+        TEXTS | {"prompt": "a blue square", "n": "2", "output_format": "webp"},
+        {"image": picture_file("red"), "mask": mask_file()},
+    ),
+    ("/v1/images/variations", TEXTS, {"image": picture_file("green")}),
+]
+
+
+@pytest.mark.parametrize(("path", "texts", "files"), FROM_PICTURES, ids=("edit", "mask", "variation"))
+async def test_what_is_drawn_from_a_picture_is_the_same_as_a_job_and_under_a_key(
+    jobs_client: httpx.AsyncClient, store: JobStore, path: str, texts: dict[str, str], files: dict[str, bytes]
+) -> None:
+    sent: dict[str, Any] = {"data": texts, "files": {name: (name, file) for name, file in files.items()}}
+    plain = await jobs_client.post(path, **sent)
+    assert plain.status_code == 200, plain.text
+    pictures = [each["b64_json"] for each in plain.json()["data"]]
+    accepted = await jobs_client.post(path, **sent, headers={"Prefer": "respond-async"})
+    assert (accepted.status_code, accepted.headers["preference-applied"]) == (202, "respond-async")
+    done = await ended(jobs_client, accepted.json()["id"])
+    assert [each["b64_json"] for each in done["result"]["data"]] == pictures
+    assert store.files_of(done["id"]) == {}, "what it was drawn from is not kept behind its end"
+    key = {"Idempotency-Key": "one"}
+    first, second = [await jobs_client.post(path, **sent, headers=key) for _ in range(2)]
+    assert [each["b64_json"] for each in first.json()["data"]] == pictures
+    assert (second.text, second.headers["idempotent-replayed"]) == (first.text, "true")
+    other = sent | {"files": sent["files"] | {"image": ("image", picture_file("yellow"))}}
+    assert (await jobs_client.post(path, **other, headers=key)).status_code == 422
+
+
+async def test_a_picture_that_cannot_be_drawn_from_is_no_job(jobs_client: httpx.AsyncClient) -> None:
+    texts, asynchronous = TEXTS | {"prompt": "a"}, {"Prefer": "respond-async"}
+    for content in (b"no picture", picture_file("red")[:100]):
+        answer = await jobs_client.post(
+            "/v1/images/edits", data=texts, files={"image": ("a", content)}, headers=asynchronous
+        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_image")
+    assert (await jobs_client.get(JOBS)).json()["data"] == []
+
+
+async def test_metrics_tell_of_jobs_and_of_webhooks_and_the_log_of_each_job(
+    jobs_client: httpx.AsyncClient,
+    jobs_service: ImageService,
+    store: JobStore,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "serve_app")
+    id = (await jobs_client.post(JOBS, json=SMALL)).json()["id"]
+    await ended(jobs_client, id)
+    cancelled = store.accept(NewJob("", "", "of nobody here", "{}", 1.0), Limits(10, 10))[0].id
+    store.accept(NewJob("", "", "of nobody here", "{}", 1.0), Limits(10, 10))
+    store.cancel(cancelled)
+
+    def told(name: str, **labels: str) -> float | None:
+        _, text = jobs_service.metrics.named_text()
+        found = [
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+        return found[0] if found else None
+
+    async with asyncio.timeout(30):
+        while told("zimage_jobs", status="cancelled") != 1:
+            await asyncio.sleep(0.1)
+    statuses = {status: told("zimage_jobs", status=status) for status in JOB_STATUSES}
+    assert statuses == {"queued": 1, "running": 0, "done": 1, "failed": 0, "cancelled": 1}
+    assert 0 < (told("zimage_jobs_oldest_queued_seconds") or 0) < 30
+    lines = [record.getMessage() for record in caplog.records if id in record.getMessage()]
+    assert [line.split(f"{id} ")[1].split(",")[0].split(":")[0] for line in lines] == [
+        "is accepted",
+        "is done",
+    ]
+
+
+async def test_a_picture_is_not_drawn_again_under_a_key(jobs_client: httpx.AsyncClient) -> None:
+    """Whoever sends a key relies on it, and reproducing keeps nothing."""
+    answer = await jobs_client.post(
+        "/v1/images/reproduce", json={"receipt": {}}, headers={"Idempotency-Key": "one"}
+    )
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")

@@ -18,7 +18,17 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL, text
 
-from serve_app.jobs.store import DEATHS, KEY_SECONDS, JobStore, KeyReused, Limits, NewJob, Seen, TooManyJobs
+from serve_app.jobs.store import (
+    DEATHS,
+    KEY_SECONDS,
+    JobStore,
+    KeyReused,
+    Limits,
+    NewJob,
+    NoRoomForSources,
+    Seen,
+    TooManyJobs,
+)
 from serve_app.jobs.tables import StoreUnusable, metadata, open_database
 from tests.serve_app.jobs.conftest import file_of
 
@@ -157,7 +167,7 @@ def test_a_cancelled_job_is_nobodys(stores: tuple[JobStore, JobStore]) -> None:
     id = accept(first)
     (job,) = first.claim("first", "m", 1, {})
     seen = Seen(id, job.attempt)
-    assert first.still_mine([seen]) == {id}
+    assert first.still_mine([seen]) == {(id, job.attempt)}
     cancelled = second.cancel(id)
     assert cancelled is not None and cancelled.status == "cancelled"
     assert first.still_mine([seen]) == set()
@@ -186,6 +196,14 @@ def test_who_was_served_last_waits(stores: tuple[JobStore, JobStore]) -> None:
 def test_another_models_jobs_are_left_alone(stores: tuple[JobStore, JobStore]) -> None:
     accept(stores[0])
     assert stores[0].claim("owner", "another", 5, {}) == []
+
+
+def test_jobs_of_several_models_take_turns_by_their_age(stores: tuple[JobStore, JobStore]) -> None:
+    store, _ = stores
+    ids = [accept(store, replace(NEW, model=model)) for model in ("m", "n", "o", "m", "n")]
+    claimed = [store.claim("one", ("m", "n"), 1, {})[0].id for _ in range(4)]
+    assert claimed == [ids[0], ids[1], ids[3], ids[4]]
+    assert store.claim("one", ("m", "n"), 1, {}) == []
 
 
 def test_what_was_let_go_waits_for_its_time(stores: tuple[JobStore, JobStore], clock: Clock) -> None:
@@ -232,6 +250,13 @@ def test_a_key_is_one_job_for_a_day(stores: tuple[JobStore, JobStore], clock: Cl
     assert stores[0].accept(NEW, MANY, "key", "another body")[1]
 
 
+@pytest.mark.parametrize("id", ["\0", "job-\0", "\ud800", "", "job-" + "x" * 5000])
+def test_a_text_that_no_database_takes_is_no_id(store: JobStore, id: str) -> None:
+    assert store.get(id) is None
+    with pytest.raises(KeyError):
+        store.page(None, None, id, 10)
+
+
 def test_what_is_old_is_forgotten(stores: tuple[JobStore, JobStore], clock: Clock) -> None:
     store = stores[0]
     done, waiting = accept(store), accept(store, replace(NEW, model="of nobody"))
@@ -260,6 +285,40 @@ def test_an_end_and_its_webhook_are_one(stores: tuple[JobStore, JobStore], clock
     second.delivered(again.id)
     clock.now += 3600
     assert first.due_delivery() is None
+
+
+def test_what_a_job_is_drawn_from_goes_with_its_end(
+    stores: tuple[JobStore, JobStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = stores
+    monkeypatch.setattr("serve_app.jobs.store.SOURCE_BYTES", 10)
+    with_files = replace(NEW, operation="edits", files={"image": b"12345", "mask": b"67"})
+    id = accept(store, with_files)
+    with pytest.raises(NoRoomForSources):
+        accept(store, replace(NEW, operation="edits", files={"image": b"1234"}))
+    (job,) = other.claim("one", "m", 1, {})
+    assert (job.operation, other.files_of(id)) == ("edits", {"image": b"12345", "mask": b"67"})
+    other.let_go(id, job.attempt)
+    assert other.files_of(id) == with_files.files, "whoever draws it next needs them too"
+    store.cancel(id)
+    assert store.files_of(id) == {}
+    accept(store, with_files)
+
+
+def test_a_database_of_version_1_is_brought_up_to_date(url: str | URL) -> None:
+    engine = open_database(url)
+    store = JobStore(engine)
+    id = accept(store)
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE zimage_job_sources"))
+        connection.execute(text("ALTER TABLE zimage_jobs DROP COLUMN operation"))
+        connection.execute(text("UPDATE zimage_versions SET version = 1"))
+    store.close()
+    store = JobStore(open_database(url))
+    (job,) = store.claim("one", "m", 1, {})
+    assert (job.id, job.operation, store.files_of(id)) == (id, "generations", {})
+    accept(store, replace(NEW, operation="edits", files={"image": b"1"}))
+    store.close()
 
 
 def test_a_database_of_another_version_is_not_touched(tmp_path: Path) -> None:

@@ -8,12 +8,19 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from serve_app.error_mapping import RequestRefused
 from serve_app.jobs.courier import Courier
@@ -102,13 +109,14 @@ async def test_a_receiver_that_fails_is_told_again_also_after_a_restart(
 async def test_a_receiver_that_always_fails_is_given_up(store: JobStore, receiver: Receiver) -> None:
     receiver.statuses = [500] * 100
     finished(store, f"http://127.0.0.1:{receiver.port}")
-    courier = Courier(store, asyncio.to_thread, private_allowed=True, backoff=(0.0,))
+    told: list[str] = []
+    courier = Courier(store, asyncio.to_thread, private_allowed=True, backoff=(0.0,), tell=told.append)
     running = asyncio.create_task(courier.run())
     await until(lambda: len(receiver.came) == 2)
     await asyncio.sleep(1.5)
     running.cancel()
     await asyncio.wait([running])
-    assert len(receiver.came) == 2
+    assert (len(receiver.came), told) == (2, ["again", "given_up"])
 
 
 async def test_a_redirect_is_not_followed(receiver: Receiver) -> None:
@@ -123,6 +131,58 @@ async def test_the_name_stays_in_the_request_that_goes_to_the_address(receiver: 
     headers, body = receiver.came[0]
     assert (headers["host"], body) == (f"localhost:{receiver.port}", b"{}")
     assert "webhook-signature" not in headers
+
+
+def certificate_of(name: str, folder: Path) -> tuple[Path, Path]:
+    """The files of a key and of its own certificate, which is for that name alone."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "of a test")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    key_file, certificate_file = folder / "key.pem", folder / "certificate.pem"
+    certificate_file.write_bytes(certificate.public_bytes(Encoding.PEM))
+    key_file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return key_file, certificate_file
+
+
+@pytest.mark.parametrize(
+    ("name", "is_trusted", "is_taken"),
+    [("localhost", True, True), ("example.org", True, False), ("localhost", False, False)],
+    ids=("its own", "another's", "nobody's"),
+)
+async def test_over_https_the_certificate_is_that_of_the_name_and_not_of_the_address(
+    name: str, is_trusted: bool, is_taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_file, certificate_file = certificate_of(name, tmp_path)
+    if is_trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate_file))
+    asked_for: list[str | None] = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate_file, key_file)
+    context.sni_callback = lambda _socket, server_name, _context: asked_for.append(server_name)
+    receiver = Receiver()
+    server = await asyncio.start_server(receiver.answer, "127.0.0.1", 0, ssl=context)
+    receiver.port = server.sockets[0].getsockname()[1]
+    target = Target(receiver.url.replace("http://", "https://"))
+    async with server:
+        if is_taken:
+            await send(target, "msg-1", b"{}", private_allowed=True)
+        else:
+            with pytest.raises(httpx.ConnectError, match="certificate"):
+                await send(target, "msg-1", b"{}", private_allowed=True)
+    assert asked_for == ["localhost"], "the name goes to the address that was looked at"
+    assert [headers["host"] for headers, _ in receiver.came] == [f"localhost:{receiver.port}"] * is_taken
 
 
 async def test_a_name_of_the_own_network_is_refused(receiver: Receiver) -> None:
@@ -154,6 +214,18 @@ async def test_a_name_of_the_own_network_is_refused(receiver: Receiver) -> None:
         ("64:ff9b::7f00:1", False),
         ("2002:7f00:1::", False),
         ("ff02::1", False),
+        ("fec0::1", False),
+        ("64:ff9b::101:101", True),
+        ("64:ff9b:1::1", False),
+        ("::127.0.0.1", False),
+        ("::ffff:0:127.0.0.1", False),
+        ("5f00::1", False),
+        ("3fff::1", False),
+        ("2001::1", False),
+        ("2001:db8::1", False),
+        ("168.63.129.16", False),
+        ("64:ff9b::168.63.129.16", False),
+        ("192.0.0.192", False),
     ],
 )
 def test_which_addresses_are_public(address: str, public: bool) -> None:

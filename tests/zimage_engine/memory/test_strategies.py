@@ -23,6 +23,7 @@ from zimage_engine.engine import Engine
 from zimage_engine.loading.lora_weight import LoraWeight
 from zimage_engine.memory.residency import Footprint, Residency
 from zimage_engine.memory.strategies import STRATEGIES, AppliedOffload, apply
+from zimage_engine.types import LoraChoice
 
 
 @dataclass
@@ -94,6 +95,24 @@ def test_a_lora_put_on_under_a_plan_acts_as_on_a_resident_model(
     assert pixels(z_image.engine) == z_image.plain
     applied.remove()
     assert pixels(z_image.engine) == z_image.plain
+
+
+@pytest.mark.parametrize("residency", Residency, ids=lambda each: each.value)
+def test_loras_that_requests_switch_leave_no_trace_under_a_plan(
+    z_image: Case, residency: Residency, tmp_path: Path
+) -> None:
+    """They stay on the model while they are idle."""
+    engine = z_image.engine
+    lora = [LoraWeight(write_lora(z_image.model, tmp_path / "style.safetensors"), 0.8)]
+    engine.set_loras(lora)
+    styled, half = pixels(engine), (LoraChoice("style", 0.4),)
+    at_half = engine.generate(replace(ASKED, loras=half)).images[0].tobytes()
+    applied = z_image.put(residency, tmp_path / "disk")
+    for loras, expected in (((), z_image.plain), (None, styled), (half, at_half), ((), z_image.plain)):
+        assert engine.generate(replace(ASKED, loras=loras)).images[0].tobytes() == expected
+    engine.set_loras(())
+    applied.remove()
+    assert pixels(engine) == z_image.plain
 
 
 @pytest.mark.parametrize("residency", Residency, ids=lambda each: each.value)

@@ -166,7 +166,18 @@ def test_what_the_prompt_asks_for_is_not_put_into_the_negative_prompt(prompt: st
 
 @pytest.mark.parametrize(
     "prompt",
-    ["a cat, not blurry", "a cat without any blurry parts", "一只猫，不模糊", "一只猫，没有任何模糊"],
+    [
+        "a cat, not blurry",
+        "a cat without any blurry parts",
+        "a cat, don't make it blurry",
+        "a cat, no fog or blur",
+        "一只猫，不模糊",
+        "一只猫，没有任何模糊",
+        "一只猫，别模糊",
+        "一只猫，去除模糊",
+        "一只猫，不要模糊和变形",
+        "一隻貓，無模糊",
+    ],
 )
 def test_what_the_prompt_itself_warns_of_stays_in_the_negative_prompt(prompt: str) -> None:
     assert len(enhance(prompt, None).added_negative) == 5
@@ -175,6 +186,18 @@ def test_what_the_prompt_itself_warns_of_stays_in_the_negative_prompt(prompt: st
 @pytest.mark.parametrize("prompt", ["a piano, blurry", "a snow blur", "无人机，模糊的背景"])
 def test_the_end_of_another_word_is_no_negation(prompt: str) -> None:
     assert len(enhance(prompt, None).added_negative) == 4
+
+
+def test_traditional_wordings_count_as_the_simplified_ones() -> None:
+    enhanced = enhance("電影光影，清晰對焦，最好質量的貓", "面部殘缺")
+    assert enhanced.added == ("杰作", "超精细")
+    told = {choice.phrase: choice.about for choice in enhanced.left_out}
+    assert told == {
+        "最佳质量": "最好質量",
+        "电影级光照": "電影光影",
+        "锐利对焦": "清晰對焦",
+        "毁容": "面部殘缺",
+    }
 
 
 @pytest.mark.parametrize("negative", ["cinematic lighting", "Cinematic-Lighting, text", "电影级光影"])

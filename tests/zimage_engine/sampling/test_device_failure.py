@@ -51,6 +51,8 @@ def test_a_lost_device_is_known(error: RuntimeError) -> None:
         torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         RuntimeError("unknown error"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when calling `cublasCreate(handle)`"),
         ValueError("CUDA error: unspecified launch failure"),
     ],
     ids=str,

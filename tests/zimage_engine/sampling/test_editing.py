@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from zimage_engine.errors import GuardExhausted, InvalidRequest
 from zimage_engine.families import FAMILIES, family_named
 from zimage_engine.sampling.editing import SOURCES, prepared
 from zimage_engine.sampling.editing_plan import fitted_size, steps_run
+from zimage_engine.sampling.plan import resolve
 from zimage_engine.types import SourcePicture
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -100,6 +105,28 @@ def test_outside_of_the_mask_every_pixel_is_the_sources(engine: Engine) -> None:
     assert changed[np.asarray(mask) == 255].max() > 20
 
 
+@pytest.mark.parametrize(
+    ("box", "value"),
+    [((17, 0, 22, 63), 255), ((16, 33, 63, 38), 127 + 1), ((9, 9, 9, 63), 255)],
+    ids=["upright", "lying and faint", "one pixel wide"],
+)
+def test_a_thin_stroke_off_the_latents_grid_is_drawn(
+    engine: Engine, box: tuple[int, int, int, int], value: int
+) -> None:
+    picture, mask = some_picture(), Image.new("L", SIZE, 0)
+    ImageDraw.Draw(mask).rectangle(box, fill=value)
+    source = prepared(source_of(picture, mask), *SIZE)
+    cells = source.cells(8)
+    assert cells is not None
+    assert np.asarray(cells)[np.asarray(mask) > 0].min() == 255
+    taken = np.asarray(cells)[::8, ::8]
+    assert (np.asarray(cells) == taken.repeat(8, axis=0).repeat(8, axis=1)).all()
+    assert taken.any() and not taken.all()
+    one, other = engine.generate(replace(ASKED, n=2, image=source_of(picture, mask))).images
+    assert np.abs(values(one) - values(picture)).max(axis=-1)[np.asarray(mask) == 0].max() == 0
+    assert one.tobytes() != other.tobytes(), "what is drawn depends on the seed, what the VAE makes does not"
+
+
 @pytest.mark.parametrize("step", [0, 2, 3])
 def test_a_step_that_is_drawn_again_gives_the_undisturbed_picture(
     engine: Engine, asked: GenerationRequest, step: int
@@ -150,6 +177,78 @@ def test_a_bad_value_of_the_encoded_picture_is_recovered_from_or_told(
     assert (trip.stage, trip.recovered_by) == ("source", "same_inputs")
     assert result.images[0].tobytes() == undisturbed.tobytes()
     assert caught.value.trips[-1].stage == "source"
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_memory_that_is_short_for_the_encoded_picture_is_the_vaes(
+    tiny_model: Path, asked: GenerationRequest, times: int
+) -> None:
+    engine = Engine.load(tiny_model, device="cpu")
+    undisturbed = engine.generate(asked).images[0]
+    with _short_of_memory(engine.pipeline.vae.encoder, range(1, times + 1)):
+        result = engine.generate(asked)
+    assert result.report.memory is not None
+    assert result.report.memory.oom_recoveries == ("freed", *["tiled"] * (times - 1))
+    assert result.images[0].size == undisturbed.size
+
+
+def test_what_was_met_in_encoding_is_told_once_also_where_memory_runs_out_behind_it(
+    tiny_model: Path, asked: GenerationRequest
+) -> None:
+    engine = Engine.load(tiny_model, device="cpu")
+    vae = engine.pipeline.vae
+    with _spoiled(vae.encoder, 1), _short_of_memory(vae.decoder, [1]):
+        result = engine.generate(replace(asked, n=2))
+    assert result.report.memory is not None
+    assert result.report.memory.oom_recoveries == ("freed",)
+    told = [[trip.stage for trip in picture.guard.trips] for picture in result.report.pictures]
+    assert [stages.count("source") for stages in told] == [1, 0]
+
+
+def test_where_the_encoded_picture_is_given_up_what_the_prompts_took_is_told_too(
+    tiny_model: Path, asked: GenerationRequest
+) -> None:
+    engine = Engine.load(tiny_model, device="cpu")
+    with (
+        _spoiled(engine.pipeline.text_encoder, 1),
+        _spoiled(engine.pipeline.vae.encoder, 10**6),
+        pytest.raises(GuardExhausted) as caught,
+    ):
+        engine.generate(asked)
+    assert [trip.stage for trip in caught.value.trips][:2] == ["encode", "source"]
+
+
+@contextmanager
+def _spoiled(part: torch.nn.Module, times: int) -> Iterator[None]:
+    """The first `times` outputs of that part are NaN."""
+    calls = count(1)
+
+    def spoil(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if next(calls) > times:
+            return output
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda value: value * float("nan"), output)
+
+    hook = part.register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _short_of_memory(part: torch.nn.Module, calls: Iterable[int]) -> Iterator[None]:
+    """That part runs out of memory in those of its calls, from 1."""
+    failing, numbers = set(calls), count(1)
+
+    def fail(*_: Any) -> None:
+        if next(numbers) in failing:
+            raise torch.OutOfMemoryError("out of memory")
+
+    hook = part.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def test_a_whole_picture_is_the_stock_pipelines(engine: Engine) -> None:
@@ -203,6 +302,22 @@ def test_weights_are_not_held_twice(engine: Engine, asked: GenerationRequest) ->
         assert made.components[name] is component
 
 
+def test_edits_leave_no_class_behind(engine: Engine) -> None:
+    from zimage_engine.sampling.editing import EditingPipeline
+
+    family = family_named(engine.description.family)
+    one, other = (EditingPipeline(engine.pipeline, family, masked=True).pipeline for _ in range(2))
+    assert type(one) is type(other)
+    assert one._execution_device == engine.pipeline._execution_device
+    kept = weakref.ref(one)
+    gc.disable()
+    try:
+        del one
+        assert kept() is None, "it is gone without a look for cycles"
+    finally:
+        gc.enable()
+
+
 def test_a_family_without_such_a_pipeline_says_so(tmp_path: Path) -> None:
     engine = Engine.load(write_tiny_pixart(tmp_path / "tiny"), device="cpu")
     with pytest.raises(InvalidRequest, match="draws from a prompt alone") as caught:
@@ -244,11 +359,13 @@ WRONG: tuple[tuple[dict[str, Any], str, str], ...] = (
     ({"strength": 0.0}, "strength", "above 0"),
     ({"strength": 1.01}, "strength", "at most 1"),
     ({"strength": float("nan")}, "strength", "a number"),
+    ({"strength": 10**400}, "strength", "far outside"),
     ({"strength": True}, "strength", "a number"),
     ({"image": SourcePicture(4, 4, bytes(48))}, "image", "at least 8 pixels"),
     ({"image": SourcePicture(16, 16, bytes(48))}, "image", "must have 768 bytes"),
     ({"image": SourcePicture(8, 8, bytes(192), bytes(63))}, "mask", "must have 64 bytes"),
     ({"image": SourcePicture(8, 8, bytes(192), bytes(64))}, "mask", "nothing to be drawn"),
+    ({"image": SourcePicture(8, 8, bytes(192), bytes([127] * 64))}, "mask", "by half or more"),
 )
 
 
@@ -283,6 +400,30 @@ def test_the_default_size_is_the_pictures_on_the_models_grid(
 ) -> None:
     source = SourcePicture(*size, bytes(size[0] * size[1] * 3))
     assert fitted_size(source, demo.description) == fitted
+
+
+def test_a_panorama_keeps_its_shape_by_default(demo: Engine) -> None:
+    """Of 2896x362, as many pixels as the model's own size has, no side may be cut on its own."""
+    large = replace(demo.description, native_width=1024, native_height=1024)
+    for size, fitted in [
+        ((8000, 1000), (2048, 256)),
+        ((1000, 8000), (256, 2048)),
+        ((4000, 400), (2048, 192)),
+    ]:
+        source = SourcePicture(*size, bytes(size[0] * size[1] * 3))
+        assert fitted_size(source, large) == fitted
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "told"),
+    [(1, 0.5, True), (1, 1.0, False), (2, 0.3, True), (4, 0.1, True), (8, 0.1, False), (8, 0.65, False)],
+)
+def test_a_strength_that_few_steps_cannot_give_is_told(
+    demo: Engine, steps: int, strength: float, told: bool
+) -> None:
+    asked = replace(ASKED, image=source_of(some_picture()), num_inference_steps=steps, strength=strength)
+    warnings = resolve(asked, demo.description).warnings
+    assert ("strength_raised" in [notice.code for notice in warnings]) == told
 
 
 def test_a_picture_of_another_shape_covers_the_size_and_is_told_to_be_cut(demo: Engine) -> None:
