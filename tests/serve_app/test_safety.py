@@ -637,7 +637,7 @@ async def test_a_failure_tells_no_path_and_no_code(app: FastAPI, service: ImageS
     async def broken() -> None:
         raise RuntimeError("/srv/models/secret.safetensors: line 12")
 
-    service.description = broken  # type: ignore[method-assign, assignment]
+    service.model_states = broken  # type: ignore[method-assign, assignment]
     async with client_of(app) as client:
         answer = await client.get("/v1/models")
     assert answer.status_code == 500

@@ -122,7 +122,7 @@ async def test_a_streamed_request_is_counted_as_a_plain_one(client: httpx.AsyncC
 
 class FailsAtOnce(ScriptedWorkers):
     async def _stream(
-        self, request: GenerationRequest, encoding: ImageEncoding, previews: int
+        self, request: GenerationRequest, encoding: ImageEncoding, previews: int, tell_first: bool = False
     ) -> AsyncIterator[StepProgress | WorkerReply]:
         yield await self._draw(request, encoding)
 
@@ -167,7 +167,7 @@ class Previewing(ScriptedWorkers):
     """Previews after steps 1 and 2; `fates` are met after both."""
 
     async def _stream(
-        self, request: GenerationRequest, encoding: ImageEncoding, previews: int
+        self, request: GenerationRequest, encoding: ImageEncoding, previews: int, tell_first: bool = False
     ) -> AsyncIterator[StepProgress | Preview | WorkerReply]:
         for step in (1, 2):
             yield StepProgress(1, 1, step, 3)
