@@ -24,7 +24,7 @@ import psutil  # type: ignore[import-untyped]
 
 from serve_app import haproxy
 from serve_app.port_block import NoPortsLeft, PortBlock
-from serve_app.settings import Settings
+from serve_app.settings import Settings, is_loopback
 from serve_app.supervision import STOP_SIGNALS, end_processes, stop_on_signals
 
 if TYPE_CHECKING:
@@ -98,6 +98,10 @@ class LocalCluster:
             "RAY_worker_niceness": "0",
             # Ray would tell its metrics to every interface without a key; ours are at /metrics.
             "RAY_enable_metrics_collection": "0",
+            # Two more servers of metrics, on every interface and without a key, which only this keeps shut:
+            # no port has that number, Ray notes so in its own log and goes on.
+            "AUTOSCALER_METRIC_PORT": "-1",
+            "DASHBOARD_METRIC_PORT": "-1",
             # Ray's ports listen on every interface; without a token they take work from anyone.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._write_token()),
@@ -149,8 +153,7 @@ class LocalCluster:
             include_dashboard=False,
             log_to_driver=True,
             logging_level="WARNING",
-            # Whatever people reach it by: with another one Ray tells its metrics to everyone, without a key.
-            _node_ip_address="127.0.0.1",
+            _node_ip_address="127.0.0.1" if is_loopback(self._settings.host) else None,
             _temp_dir=str(self._folder),
             # Pictures pass through it, nothing else; Ray would take a third of the memory.
             object_store_memory=OBJECT_STORE_BYTES,

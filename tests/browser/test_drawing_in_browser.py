@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.server]
 RED_CIRCLE_ON_WHITE = ShapesSpec(background="white", things=(Thing("red", "circle"),))
 #: Generous: a busy machine draws slowly, and the first picture warms the model up.
 PICTURE_LIMIT_MS = 120_000
-#: A hundred steps of that size take many times as long. Gradio looks for the tab once a second or so.
+#: A hundred steps of that size take many times as long.
 MOST_SECONDS_AFTER_A_TAB = 4.0
 
 
