@@ -16,9 +16,9 @@ from serve_app.jobs.operations import EDITS, IMAGE, MASK, VARIATIONS
 from serve_app.multipart import read_form
 from serve_app.routes import as_job
 from serve_app.routes.answers import AnsweringRoute, asked_by, service_of
-from serve_app.routes.files import keep_pictures
+from serve_app.routes.images import drawn
 from serve_app.streaming import EDIT, events_in_docs, picture_stream
-from zimage_engine.types import GenerationRequest, SourcePicture
+from zimage_engine.types import SourcePicture
 
 router = APIRouter(tags=["images"], route_class=AnsweringRoute)
 
@@ -102,7 +102,7 @@ async def edit(request: Request) -> Response:
     if upload.wire.stream:
         encoding, name = schema.to_encoding(upload.wire), asked_by(request.scope)
         return picture_stream(service, upload.wire, asked, encoding, name, EDIT)
-    return await _drawn(request, upload.wire, asked)
+    return await drawn(request, upload.wire, asked)
 
 
 @router.post(
@@ -122,7 +122,7 @@ async def vary(request: Request) -> Response:
         description = await service.description_for(upload.wire.model)
         source = await _unpacked(upload, own_mask=False)
         asked = edit_schema.variation_to_engine(upload.wire, source, description)
-    return await _drawn(request, upload.wire, asked)
+    return await drawn(request, upload.wire, asked)
 
 
 async def _kept(request: Request, operation: str, upload: edit_schema.Upload) -> JSONResponse:
@@ -130,30 +130,6 @@ async def _kept(request: Request, operation: str, upload: edit_schema.Upload) ->
     files = {IMAGE: upload.image} | ({} if upload.mask is None else {MASK: upload.mask})
     payload = upload.wire.model_dump(exclude_unset=True)
     return await as_job.answer(request, payload, operation=operation, files=files)
-
-
-async def _drawn(
-    request: Request, wire: edit_schema.ImageEditRequest, asked: GenerationRequest
-) -> JSONResponse:
-    service, name, encoding = service_of(request), asked_by(request.scope), schema.to_encoding(wire)
-    reply = await service.generate(asked, encoding, asked_by=name)
-    wants_url = wire.response_format == "url"
-    links = await keep_pictures(request, reply.pictures, encoding.format) if wants_url else None
-    return JSONResponse(
-        schema.to_response(
-            wire,
-            encoding,
-            reply.pictures,
-            reply.report,
-            links,
-            count_tokens=service.token_counter(reply.report.model),
-        ),
-        headers={
-            "x-engine-seconds": f"{reply.report.seconds:.4f}",
-            "x-queue-wait": f"{reply.queue_seconds:.3f}",
-            **service.rate_headers(name),
-        },
-    )
 
 
 async def _unpacked(upload: edit_schema.Upload, own_mask: bool) -> SourcePicture:

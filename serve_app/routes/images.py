@@ -11,6 +11,7 @@ from serve_app.routes import as_job
 from serve_app.routes.answers import AnsweringRoute, asked_by, service_of
 from serve_app.routes.files import keep_pictures
 from serve_app.streaming import events_in_docs, picture_stream
+from zimage_engine.types import GenerationRequest
 
 router = APIRouter(tags=["images"], route_class=AnsweringRoute)
 
@@ -98,9 +99,16 @@ async def generate(request: Request) -> Response:
         encoding = schema.to_encoding(wire)
         await service.description_for(wire.model)
         asked = schema.to_engine(wire, service.live.default_enhance)
-    name = asked_by(request.scope)
     if wire.stream:
-        return picture_stream(service, wire, asked, encoding, name)
+        return picture_stream(service, wire, asked, encoding, asked_by(request.scope))
+    return await drawn(request, wire, asked)
+
+
+async def drawn(
+    request: Request, wire: schema.ImageGenerationRequest, asked: GenerationRequest
+) -> JSONResponse:
+    """Draw what is asked and answer as `wire` wants it: the pictures themselves, or where they are kept."""
+    service, name, encoding = service_of(request), asked_by(request.scope), schema.to_encoding(wire)
     reply = await service.generate(asked, encoding, asked_by=name)
     wants_url = wire.response_format == "url"
     links = await keep_pictures(request, reply.pictures, encoding.format) if wants_url else None
