@@ -4,7 +4,7 @@ VENV ?= .venv
 PORT ?= 7860
 BIN := $(VENV)/bin
 
-.PHONY: serve up test check format image image-test manifests manifests-test clean
+.PHONY: serve up test check bench bench-gpu format image image-test manifests manifests-test clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/zimage-turbo launch --port $(PORT)
@@ -26,6 +26,12 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What this machine's processor does with the demo model, beside stock diffusers, in a few minutes; a GPU has a
+# suite of its own below. ARGS="--repeat 9" and the like; `zimage-turbo bench --help` says what there is.
+bench: $(VENV)/.installed-test
+	$(BIN)/zimage-turbo bench --device cpu --size 256x256 --size 512x512 --compare-stock \
+		--json build/bench.json --markdown build/bench.md $(ARGS)
 
 # Needs a CUDA device; ARGS="--part limited --only 12GiB" runs a part of it, --tiny the same code on the CPU.
 bench-gpu: $(VENV)/.installed-test

@@ -197,11 +197,38 @@ SERVICE = Dashboard(
             highest=1,
         ),
         Panel(
+            "Prompts rewritten by a language model",
+            "short",
+            "Prompts a minute that the text encoder or the endpoint was asked to rewrite, by what became "
+            "of it: used, or why the rules were used instead. Empty where the enhancer is rules.",
+            (
+                Query(
+                    f"60 * sum by (outcome) ({rate('zimage_prompt_rewrites_total')})",
+                    "{{outcome}}",
+                ),
+            ),
+            is_stacked=True,
+        ),
+        Panel(
             "Seconds a step",
             "s",
             "From the end of one denoising step to the end of the next. It is the same for every prompt; "
             "larger pictures, guidance, offloading and the guard's retries make it longer.",
             quantiles("zimage_step_seconds"),
+        ),
+        Panel(
+            "Pictures a forward pass",
+            "short",
+            "How many pictures had a step in a forward pass of the denoiser, on the average. Above 1 where "
+            "requests of one size come at the same time and share passes: more pictures a minute, each of "
+            "them a little later.",
+            (
+                Query(
+                    f"sum({rate('zimage_denoiser_pass_pictures_total')})"
+                    f" / sum({rate('zimage_denoiser_passes_total')})",
+                    "pictures",
+                ),
+            ),
         ),
         Panel(
             "Dead workers' requests",

@@ -217,6 +217,9 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     }
     if settings.api_keys_file is not None:
         absolute["api_keys_file"] = settings.api_keys_file.expanduser().resolve()
+    for name in ("c2pa_certificate", "c2pa_key"):
+        if (file := getattr(settings, name)) is not None:
+            absolute[name] = file.expanduser().resolve()
     absolute["models"] = tuple(
         replace(model, path=_absolute(model.path), base=None if model.base is None else _absolute(model.base))
         for model in settings.models
@@ -235,8 +238,9 @@ def _absolute(path_or_id: str) -> str:
 def _check_files(settings: Settings) -> None:
     """Raise CheckpointError for files that no worker could load; what a hub has is left to the worker.
 
-    Raises InvalidRequest for a file of keys that cannot be used.
+    Raises InvalidRequest for a file of keys, or a certificate to sign pictures with, that cannot be used.
     """
+    from serve_app.finishing import Finisher
     from serve_app.keys import KeyFileWrong, read_keys
     from zimage_engine import ModelLoaderAdapter
     from zimage_engine.errors import InvalidRequest
@@ -249,6 +253,7 @@ def _check_files(settings: Settings) -> None:
             read_keys(settings.api_keys_file)
         except KeyFileWrong as wrong:
             raise InvalidRequest(str(wrong), "api_keys_file") from wrong
+    Finisher.of(settings)
     if settings.family is not None:
         family_named(settings.family)
     named = {name: path for name in MODEL_PATHS if (path := getattr(settings, name)) is not None}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from serve_app.cli_batch import batch
+from serve_app.cli_bench import bench
 from serve_app.cli_cache import cache_app
 from serve_app.cli_check_config import check_config
 from serve_app.cli_inspect import inspect
@@ -63,6 +64,7 @@ app = typer.Typer(
 
 app.command()(inspect)
 app.command()(plan)
+app.command()(bench)
 app.command()(reproduce)
 app.command()(batch)
 app.command("check-config")(check_config)
@@ -301,6 +303,9 @@ def launch(
         ),
     ] = None,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Serve the API alone, without the page.")] = False,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Keep nothing of what is drawn on the page.")
+    ] = False,
 ) -> None:
     """Start the server: the page and the images API.
 
@@ -339,6 +344,7 @@ def launch(
             "num_replicas": replicas,
             "otlp_endpoint": otlp_endpoint,
             "ui": False if no_ui else None,
+            "history": False if no_history else None,
         }
         try:
             settings = load_settings(**chosen)
@@ -421,6 +427,15 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    guidance_until: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PART",
+            help="Guidance only up to this part of the way from noise to picture, 0 to 1: quicker, and a"
+            " little another picture; for Z-Image models (default: 1, all of it).",
+            show_default=False,
+        ),
+    ] = None,
     negative: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="What should not be in the picture.", show_default=False),
@@ -467,6 +482,7 @@ def generate(
             height=height,
             num_inference_steps=steps,
             guidance_scale=guidance,
+            guidance_until=guidance_until,
             enhance=not no_enhance,
             refine=refine,
         )

@@ -197,7 +197,7 @@ def _by_this_process(
     threads: int | None,
 ) -> Draw:
     """Draws with an engine of its own. Raises InvalidRequest where its model cannot draw one of the tasks."""
-    from serve_app.image_codec import encode, facts_of
+    from serve_app.finishing import UNREADABLE, Finisher
     from serve_app.local_engine import load_engine
     from serve_app.openai_schema import to_encoding, to_engine
     from serve_app.settings import load_settings
@@ -205,13 +205,17 @@ def _by_this_process(
     settings = load_settings(
         model=model, loras=list(loras) if loras else None, device=device, cpu_threads=threads
     )
+    finisher = Finisher.of(settings)
     say(f"Loading {settings.model or 'the demo model'} ...", only_on_a_terminal=True)
     engine = load_engine(settings)
     _check(tasks, lambda wire: _loaded(wire, engine))
 
     def draw(task: Task) -> bytes:
-        report = engine.generate(to_engine(task.wire))
-        return encode(report.images[0], to_encoding(task.wire), facts_of(report.report, 0))
+        (file,), report = finisher.finished(engine.generate(to_engine(task.wire)), to_encoding(task.wire))
+        for notice in report.pictures[0].warnings:
+            if notice.code == UNREADABLE:
+                say(f"{task.file}: {notice.message}")
+        return file
 
     return draw
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zimage_engine.errors import EngineError
+from serve_app.cli_picture import inspect_picture, is_picture
+from zimage_engine.errors import EngineError, InvalidRequest
 
 if TYPE_CHECKING:
     from zimage_engine.loading.lora_description import LoraDescription
@@ -25,8 +26,8 @@ def inspect(
         str,
         typer.Argument(
             metavar="PATH_OR_ID",
-            help="A model folder, a single file of weights, a LoRA, or the hub id of a model that was "
-            "downloaded.",
+            help="A model folder, a single file of weights, a LoRA, the hub id of a model that was "
+            "downloaded, or a picture.",
         ),
     ],
     family: Annotated[
@@ -43,17 +44,29 @@ def inspect(
         str | None,
         typer.Option("--dtype", help="What it is to be computed in: bfloat16, float32 or float16."),
     ] = None,
+    trust: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Of a signed picture: certificates in PEM of those who may vouch for its signer.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Say what a checkpoint is, what would be mended, and whether it would load. Writes nothing,
     fetches nothing.
 
-    Of a LoRA it says what it was made for and how it is used; with --base, whether it fits that model.
+    Of a LoRA it says what it was made for and how it is used; with --base, whether it fits that model. Of a
+    picture it says how it was drawn, who has signed it, whether it was changed since, and its watermark.
     """
+    file = Path(path).expanduser()
+    if is_picture(file):
+        _inspect_picture(file, trust, as_json)
+        return
     from zimage_engine import ModelLoaderAdapter
     from zimage_engine.loading.lora_description import is_lora
 
-    file = Path(path).expanduser()
     if is_lora(file):
         _inspect_lora(file, base, as_json)
         return
@@ -72,6 +85,14 @@ def inspect(
         _print_json(_facts(adapter))
     else:
         typer.echo(explanation)
+
+
+def _inspect_picture(path: Path, trust: Path | None, as_json: bool) -> None:
+    try:
+        inspect_picture(path, trust, as_json)
+    except InvalidRequest as error:
+        typer.echo(f"Could not be looked at: {error}")
+        raise typer.Exit(EXIT_WOULD_NOT_LOAD) from None
 
 
 def _inspect_lora(path: Path, base: str | None, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 OPTION_OF_FIELD: Mapping[str, str] = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
+    "guidance_until": "--guidance-until",
     "negative_prompt": "--negative",
 }
 #: Fields whose names are words too: they are renamed only where a sentence begins with them.

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from serve_app.cli_picture import signature_sentence
+from serve_app.signing import can_sign, read_signature
 from serve_app.terminal import StepBar, say
 from zimage_engine.errors import EngineError, InvalidRequest
 
@@ -110,10 +112,12 @@ def _reproduce(
 ) -> None:
     from serve_app.reproduction import compare, read_given
 
-    given = read_given(picture.read_bytes())
+    content = picture.read_bytes()
+    given = read_given(content)
     receipt = given.receipt
     request = given.request(None if image is None else _source(image, mask, receipt))
-    from serve_app.image_codec import ImageEncoding, encode, facts_of
+    from serve_app.finishing import Finisher
+    from serve_app.image_codec import ImageEncoding
     from serve_app.local_engine import load_engine
     from serve_app.receipt import loras_of
     from serve_app.settings import load_settings
@@ -130,18 +134,24 @@ def _reproduce(
         quantize=receipt.get("quantize"),
         cpu_threads=threads or _threads_of(receipt),
     )
+    finisher = Finisher.of(settings)
     say(f"Loading {settings.model or 'the demo model'} ...", only_on_a_terminal=True)
     engine = load_engine(settings)
     with StepBar(number=1, of=1) as bar:
         result = engine.generate(request, on_step=bar.on_step)
-    drawn = encode(result.images[0], ImageEncoding("png"), facts_of(result.report, 0))
+    (drawn,), _ = finisher.finished(result, ImageEncoding("png"))
     if output is not None:
         output.write_bytes(drawn)
     came_of_it = compare(given, drawn)
+    signature = read_signature(content) if can_sign() else None
     if as_json:
-        typer.echo(json.dumps({"picture": str(picture), **asdict(came_of_it)}, ensure_ascii=False, indent=2))
+        told = None if signature is None else asdict(signature)
+        facts = {"picture": str(picture), **asdict(came_of_it), "signature": told}
+        typer.echo(json.dumps(facts, ensure_ascii=False, indent=2))
     else:
         typer.echo(f"{picture}  {came_of_it.sentence}")
+        if sentence := signature_sentence(content, signature):
+            typer.echo(f"{picture}  {sentence}")
     raise typer.Exit(EXIT_IDENTICAL if came_of_it.identical else EXIT_DIFFERS)
 
 

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from serve_app.model_list import ModelLoadFailed
 from serve_app.queueing import CallerLimited, QueueFull
 from serve_app.results import ResultUnreachable
+from serve_app.signing import SigningFailed
 from zimage_engine.errors import (
     DeadlineExceeded,
     DeviceFailed,
@@ -175,6 +176,7 @@ ROWS: dict[type[BaseException], ErrorRow] = {
         "The place where finished pictures are kept does not answer at the moment; ask again.",
         {"Retry-After": "10"},
     ),
+    SigningFailed: ErrorRow(500, SERVER, "signing_failed", for_the_caller=True),
     EngineError: ErrorRow(500, SERVER, "engine_error"),
     Exception: ErrorRow(500, SERVER, "internal_error"),
 }

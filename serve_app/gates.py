@@ -39,7 +39,7 @@ TRACED = frozenset(
     }
 )
 #: Where files of pictures are sent.
-UPLOADS = ("/v1/images/edits", "/v1/images/variations", "/v1/images/reproduce")
+UPLOADS = ("/v1/images/edits", "/v1/images/variations", "/v1/images/reproduce", "/v1/images/parameters")
 
 #: How much of a body that nobody wants is read before the answer goes out, and for how long.
 DRAINED_BYTES = 32 * 2**20

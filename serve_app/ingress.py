@@ -16,7 +16,9 @@ from fastapi import FastAPI
 from ray import serve
 
 from serve_app.draining import Draining
+from serve_app.finishing import Finisher
 from serve_app.gates import add_gates, keys_of
+from serve_app.history.history import History, history_of
 from serve_app.jobs.desk import JobDesk
 from serve_app.keys import KeyRing
 from serve_app.logs import log_to_terminal
@@ -27,10 +29,12 @@ from serve_app.routes import (
     docs,
     edits,
     files,
+    history,
     images,
     jobs,
     loras,
     models,
+    parameters,
     prompts,
     reproduce,
     status,
@@ -56,11 +60,16 @@ def program_version() -> str:
 async def _jobs_are_drawn(app: FastAPI) -> AsyncIterator[None]:
     """While the app is up; jobs of before it began are gone on with."""
     desk: JobDesk = app.state.jobs
+    kept: History | None = app.state.history
     await desk.start()
+    if kept is not None:
+        await kept.start()
     try:
         yield
     finally:
         await desk.close()
+        if kept is not None:
+            await kept.close()
 
 
 def build_asgi_app(
@@ -82,7 +91,24 @@ def build_asgi_app(
     app.state.service = service
     app.state.results = ResultStore(settings.results_place, settings.result_seconds, settings.result_bytes)
     app.state.jobs = JobDesk(service, settings, app.state.results)
-    for routes in (docs, files, edits, images, jobs, loras, models, prompts, reproduce, status, unknown):
+    # The history's files in other formats are made here; what is given out as drawn is signed already.
+    app.state.signing = Finisher.of(settings).signing
+    app.state.history = history_of(settings, service.metrics.record_history_not_kept)
+    for routes in (
+        docs,
+        files,
+        edits,
+        history,
+        images,
+        jobs,
+        loras,
+        models,
+        parameters,
+        prompts,
+        reproduce,
+        status,
+        unknown,
+    ):
         app.include_router(routes.router)
     needs_key = settings.api_key is not None or settings.api_keys_file is not None
     docs.describe_gates(app, (*status.OPEN_PATHS, files.FILE_PATH), needs_key)
@@ -93,7 +119,7 @@ def build_asgi_app(
     if settings.ui:
         from serve_app.ui import mount_page
 
-        app = mount_page(app, service, settings)
+        app = mount_page(app, service, settings, app.state.history)
     return app
 
 

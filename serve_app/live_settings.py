@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serve_app.settings import Settings, SettingsError, no_such
+from zimage_engine.types import Enhancer
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ class LiveSettings(BaseModel):
     default_steps: int | None = _as_at_start("default_steps")
     default_guidance_scale: float | None = _as_at_start("default_guidance_scale")
     default_enhance: bool = _as_at_start("default_enhance")
+    enhancer: Enhancer = _as_at_start("enhancer")
+    enhancer_seconds: float = _as_at_start("enhancer_seconds")
+    enhancer_tokens: int = _as_at_start("enhancer_tokens")
     max_queued_requests: int = _as_at_start("max_queued_requests")
     max_queue_seconds: float | None = _as_at_start("max_queue_seconds")
     request_seconds: float | None = _as_at_start("request_seconds")
@@ -70,9 +74,14 @@ def read_user_config(user_config: Any, settings: Settings, deployment: Deploymen
     if wrong := [_not_read(str(name), deployment) for name in user_config if name not in READ_BY[deployment]]:
         raise SettingsError("; ".join(wrong))
     try:
-        return LiveSettings(**{**at_start(settings).model_dump(), **user_config})
+        live = LiveSettings(**{**at_start(settings).model_dump(), **user_config})
     except ValidationError as error:
         raise SettingsError("; ".join(_sentence(problem) for problem in error.errors())) from None
+    if live.enhancer == "endpoint" and not settings.has_endpoint:
+        raise SettingsError(
+            "live setting enhancer: endpoint needs enhancer_url and enhancer_model, which belong into args"
+        )
+    return live
 
 
 def _not_read(name: str, deployment: DeploymentName) -> str:

@@ -107,9 +107,11 @@ class RefusedRequests:
             plan.height_px,
             plan.steps,
             plan.guidance_scale,
+            plan.guidance_until,
             plan.refine,
             len(plan.seeds),
             request.enhance,
+            request.enhancer,
             request.model,
             request.loras,
         )

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -37,7 +37,8 @@ from zimage_engine.types import (
     GenerationReport,
     GuardTrip,
     ModelDescription,
-    StepProgress,
+    Rewrite,
+    RewriteOutcome,
 )
 
 #: Fine around the 0.8 s of a GPU and the 30 s of a laptop; the ends are a stage of a tiny model and ten
@@ -101,6 +102,7 @@ OUTCOMES = (
     "out_of_memory",
     "device_unavailable",
     "device_failed",
+    "signing_failed",
     "engine_error",
     "files_unavailable",
     "internal_error",
@@ -125,7 +127,12 @@ WARNINGS = (
     "picture_blocks",
     "picture_noise",
     "result_not_kept",
+    "watermark_unreadable",
+    "prompt_not_rewritten",
+    "history_not_kept",
 )
+#: How a language model's rewriting of a prompt ended.
+REWRITES = get_args(RewriteOutcome)
 GUARDED = ("encode", "source", "denoise", "decode", "picture")
 RUNGS = ("same_inputs", "lower_guidance", "plain_attention", "float32", "rest_float32", "tiled")
 ATTEMPTS = ("recovered", "failed", "skipped")
@@ -216,6 +223,15 @@ SERVER_ROWS = (
         "text encoder had to read them. Nothing is counted where encoded prompts are not kept.",
         {"outcome": PROMPT_LOOKUPS},
         starts_at_zero=True,
+    ),
+    MetricRow(
+        "zimage_prompt_rewrites",
+        Counter,
+        "prompts",
+        "Prompts that a language model was asked to rewrite, by outcome: used, what was wrong with its text, "
+        "or why there was none (unfinished, timeout, unavailable, failed). With all but used the rules were "
+        "used.",
+        {"outcome": REWRITES},
     ),
     MetricRow(
         "zimage_warnings", Counter, "warnings", "Warnings in reports by their code.", {"code": WARNINGS}
@@ -318,6 +334,15 @@ WORKER_ROWS = (
         "zimage_model_unloads", Counter, "unloads", "Models that went so that another had their place."
     ),
     MetricRow("zimage_model_repairs", Gauge, "repairs", "Repairs that the checkpoint needed to be loaded."),
+    MetricRow(
+        "zimage_denoiser_passes", Counter, "passes", "Forward passes of the denoiser; retries count too."
+    ),
+    MetricRow(
+        "zimage_denoiser_pass_pictures",
+        Counter,
+        "pictures",
+        "Pictures that had a step in a forward pass, summed over the passes.",
+    ),
     MetricRow(
         "zimage_step_seconds",
         Histogram,
@@ -537,9 +562,17 @@ class ServerMetrics:
         for notice in report.warnings + tuple(w for picture in report.pictures for w in picture.warnings):
             table.count("zimage_warnings", notice.code)
 
+    def record_rewrite(self, rewrite: Rewrite) -> None:
+        """A language model was asked to rewrite a prompt."""
+        self._table.count("zimage_prompt_rewrites", rewrite.outcome)
+
     def record_result_not_kept(self) -> None:
         """A picture that was asked for as url could not be kept, and was answered itself."""
         self._table.count("zimage_warnings", "result_not_kept")
+
+    def record_history_not_kept(self) -> None:
+        """A picture that was drawn on the page could not be kept in the history."""
+        self._table.count("zimage_warnings", "history_not_kept")
 
     def record_failure(self, outcome: str, trips: Iterable[GuardTrip] = ()) -> None:
         """A request ended without pictures; `outcome` is one of OUTCOMES."""
@@ -578,7 +611,6 @@ class WorkerMetrics:
         self, replica: str, description: ModelDescription, load_seconds: float = 0.0, repairs: int = 0
     ) -> None:
         self._table = _Table(WORKER_ROWS, replica)
-        self._last_step = 0.0
         table = self._table
         table.set("zimage_worker_up", 1)
         table.set("zimage_worker_busy", 0)
@@ -598,12 +630,14 @@ class WorkerMetrics:
     def set_busy(self, busy: bool) -> None:
         self._table.set("zimage_worker_busy", float(busy))
 
-    def stepped(self, progress: StepProgress) -> None:
-        """A step has ended now; called for each, in the one thread that draws."""
-        now = time.perf_counter()
-        if progress.step > 1:
-            self._table.observe("zimage_step_seconds", now - self._last_step)
-        self._last_step = now
+    def record_step(self, seconds: float) -> None:
+        """A step has ended, so long after the one before of the same picture."""
+        self._table.observe("zimage_step_seconds", seconds)
+
+    def record_pass(self, pictures: int) -> None:
+        """A forward pass of the denoiser in which so many pictures had a step."""
+        self._table.count("zimage_denoiser_passes")
+        self._table.count("zimage_denoiser_pass_pictures", by=pictures)
 
     def text(
         self,

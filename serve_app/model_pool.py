@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -124,7 +124,7 @@ class ModelPool:
         default: Engine,
         models: Sequence[ListedModel],
         load: Callable[[ListedModel], Engine],
-        turn: asyncio.Lock,
+        turn: AbstractAsyncContextManager[None],
         device_thread: Executor,
         *,
         worker: str = "local",

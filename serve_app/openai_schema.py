@@ -23,6 +23,7 @@ from serve_app.image_codec import ImageEncoding, read_receipt
 from serve_app.model_list import DEFAULT_NAMES, ModelState, State
 from zimage_engine.loading.lora_choice import MOST_LORAS
 from zimage_engine.types import (
+    Enhancer,
     GenerationReport,
     GenerationRequest,
     LoraChoice,
@@ -192,14 +193,25 @@ class ImageGenerationRequest(BaseModel):
         description="Conventional w: 1 or 0 is off (half the work); 1.5 to 2.5 look right.",
         json_schema_extra={"maximum": _MOST_GUIDANCE},
     )
+    guidance_until: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="The part of the way from noise to picture up to which guidance acts; later steps take "
+        "half the work, and the picture is a little another one. For Z-Image models. null: 1, all of it.",
+    )
     seed: int | None = Field(
         None,
         ge=0,
         description="Same seed, same picture; picture i of n has seed + i. null: a new one.",
         json_schema_extra={"maximum": _MOST_SEED},
     )
-    enhance: bool | None = Field(
-        None, description="Let the server add quality words to the prompt; null: true."
+    enhance: bool | Enhancer | None = Field(
+        None,
+        description="Let the server enhance the prompt: true, as it was set up; false, not at all; rules add "
+        "quality words; where the server offers it a language model rewrites it: model, which is the text "
+        "encoder, or endpoint. null: true.",
     )
     refine: bool | None = Field(
         None, description="Strengthen fine detail of the finished picture; null: where enhance is on."
@@ -252,6 +264,8 @@ class Picture(BaseModel):
     guidance: float
     seconds: float
     refined: bool
+    #: The text in its pixels, where the operator has one put in.
+    watermark: str | None = None
     warnings: list[PictureWarning]
     loras: list[PictureLora] = []
     #: How it was made, whole, as its file tells it too; `/v1/images/reproduce` takes it.
@@ -514,9 +528,11 @@ def to_engine(wire: ImageGenerationRequest, enhance_by_default: bool = True) -> 
         height=height,
         num_inference_steps=_first(wire.num_inference_steps, quality.steps),
         guidance_scale=_first(wire.guidance_scale, quality.guidance_scale),
+        guidance_until=wire.guidance_until,
         seed=wire.seed,
         n=_first(wire.n, 1),
-        enhance=_first(wire.enhance, enhance_by_default),
+        enhance=bool(_first(wire.enhance, enhance_by_default)),
+        enhancer=wire.enhance if isinstance(wire.enhance, str) else None,
         refine=wire.refine,
         loras=to_choices(wire),
         model=wire.model,
@@ -581,8 +597,10 @@ def to_response(
                 "seed": made.seed,
                 "steps": report.num_inference_steps,
                 "guidance": report.guidance_scale,
+                **({"guidance_until": report.guidance_until} if report.guidance_until < 1 else {}),
                 "seconds": round(made.seconds, 3),
                 "refined": made.refine_seconds > 0,
+                **({"watermark": made.watermark} if made.watermark else {}),
                 "warnings": [
                     _warning(notice)
                     for notice in (*report.warnings, *made.warnings, *_not_kept(links, number))
@@ -763,6 +781,7 @@ _CHECKS: tuple[Callable[[ImageGenerationRequest], None], ...] = (
 
 #: Why a field of OpenAI's cannot be honoured, and what to do instead.
 _NOT_OFFERED = {
+    "enhance": "enhance must be true, false, 'rules', 'model' or 'endpoint', got {got}.",
     "background": "background must be 'opaque' or 'auto': pictures have no transparency here; got {got}.",
     "loras": f"loras must be a list of up to {MOST_LORAS} names, each as text, such as 'style=0.8', or as an "
     "object with name and weight (from -10 to 10); got {got}.",

@@ -6,6 +6,7 @@ Knows no routes and no workers; how fields are refused is `openai_schema`'s.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,8 +16,17 @@ from serve_app.openai_schema import PROMPT_CHARACTERS, PictureWarning
 from zimage_engine.prompts.analyzer import analyze
 from zimage_engine.prompts.enhancer import enhance, unchanged
 from zimage_engine.prompts.language import language_of
+from zimage_engine.prompts.llm_writing import notice_of
 from zimage_engine.prompts.tokens import PromptTokens, cut_notice
-from zimage_engine.types import Kind, Notice, PhraseChoice, Reason
+from zimage_engine.types import (
+    EnhancedPrompt,
+    Enhancer,
+    Kind,
+    Notice,
+    PhraseChoice,
+    Reason,
+    RewriteOutcome,
+)
 
 _WITHOUT_NULL: dict[str, Any] = {"pattern": r"^[^\x00]*$"}
 
@@ -39,8 +49,15 @@ class EnhanceRequest(BaseModel):
         description="What to keep out, as it was written.",
         json_schema_extra=_WITHOUT_NULL,
     )
-    enhance: bool | None = Field(
-        None, description="false: nothing is added, and the lengths are told; null: as for pictures."
+    enhance: bool | Enhancer | None = Field(
+        None,
+        description="As for pictures: false, nothing is added, and the lengths are told; null, the server's "
+        "default; or by rules, model or endpoint, where the server offers it.",
+    )
+    stream: bool | None = Field(
+        None,
+        description="true: server-sent events, what a language model writes as it comes, and the whole "
+        "answer in the last. null: false.",
     )
 
 
@@ -69,6 +86,17 @@ class PromptPhrase(BaseModel):
     because: str
 
 
+class PromptRewrite(BaseModel):
+    """How a language model's rewriting ended: used, or why the rules were used in its place."""
+
+    by: Enhancer
+    outcome: RewriteOutcome
+    because: str
+    seconds: float
+    #: What it wrote; 0 where that is not known.
+    tokens: int
+
+
 class EnhanceResponse(BaseModel):
     """What would be drawn, and why. Tokens are null where the model tells no tokenizer."""
 
@@ -83,6 +111,23 @@ class EnhanceResponse(BaseModel):
     negative_tokens: int | None
     token_limit: int
     warnings: list[PictureWarning]
+    #: Who made the prompt; null where nothing was to be done.
+    enhancer: Enhancer | None
+    #: null where no language model was asked.
+    rewrite: PromptRewrite | None
+
+
+class EnhanceDeltaEvent(BaseModel):
+    """A piece of what a language model writes, before it is judged: the last event tells what is used."""
+
+    type: Literal["prompt_enhancement.delta"]
+    delta: str
+
+
+class EnhanceCompletedEvent(EnhanceResponse):
+    """The whole answer."""
+
+    type: Literal["prompt_enhancement.completed"]
 
 
 class PromptSpan(BaseModel):
@@ -105,6 +150,8 @@ class AnalyzeResponse(BaseModel):
     spans: list[PromptSpan]
     tokens: int | None
     token_limit: int | None
+    #: The character, counted as those of spans, from which on the model does not read it; null: all is read.
+    cut_at: int | None
     warnings: list[PictureWarning]
 
 
@@ -126,9 +173,9 @@ def parse_analyze(payload: Mapping[str, Any]) -> AnalyzeRequest:
 def enhanced(
     wire: EnhanceRequest, enhance_by_default: bool, tokens: PromptTokens | None, token_limit: int
 ) -> EnhanceResponse:
-    """The prompts as a picture would be drawn from them; `tokens` None: the length is not bounded."""
-    prompt, negative = wire.prompt.strip(), (wire.negative_prompt or "").strip()
-    if enhance_by_default if wire.enhance is None else wire.enhance:
+    """The prompts as the rules have a picture drawn from them; `tokens` None: the length is not bounded."""
+    prompt, negative = prompts_of(wire)
+    if is_wanted(wire, enhance_by_default):
         made = enhance(
             prompt,
             negative,
@@ -137,6 +184,25 @@ def enhanced(
         )
     else:
         made = unchanged(prompt, negative)
+    return to_response(made, is_wanted(wire, enhance_by_default), tokens, token_limit)
+
+
+def prompts_of(wire: EnhanceRequest) -> tuple[str, str]:
+    """Both prompts as a picture's request would have them."""
+    return wire.prompt.strip(), (wire.negative_prompt or "").strip()
+
+
+def is_wanted(wire: EnhanceRequest, enhance_by_default: bool) -> bool:
+    """Whether anything is to be enhanced."""
+    return bool(enhance_by_default if wire.enhance is None else wire.enhance)
+
+
+def to_response(
+    made: EnhancedPrompt, is_enhanced: bool, tokens: PromptTokens | None, token_limit: int
+) -> EnhanceResponse:
+    """What was made, with what of it would be cut off."""
+    rewrite = made.rewrite
+    by_language_model = rewrite is not None and rewrite.outcome == "used"
     return EnhanceResponse(
         prompt=made.prompt,
         negative_prompt=made.negative_prompt,
@@ -147,14 +213,18 @@ def enhanced(
         tokens=None if tokens is None else tokens.count(made.prompt),
         negative_tokens=None if tokens is None else tokens.count(made.negative_prompt),
         token_limit=token_limit,
-        warnings=_warnings(
-            {"prompt": made.prompt, "negative_prompt": made.negative_prompt}, tokens, token_limit
-        ),
+        warnings=[
+            *map(_warning, notice_of(made)),
+            *_warnings({"prompt": made.prompt, "negative_prompt": made.negative_prompt}, tokens, token_limit),
+        ],
+        enhancer=None if not is_enhanced else rewrite.by if rewrite and by_language_model else "rules",
+        rewrite=None if rewrite is None else PromptRewrite(**asdict(rewrite)),
     )
 
 
 def analysed(wire: AnalyzeRequest, tokens: PromptTokens | None, token_limit: int | None) -> AnalyzeResponse:
     """What is recognised in the prompt, and how much of the room it takes where that is known."""
+    cut = None if tokens is None or token_limit is None else tokens.cut(wire.prompt, token_limit)
     return AnalyzeResponse(
         language=language_of(wire.prompt),
         spans=[
@@ -171,6 +241,7 @@ def analysed(wire: AnalyzeRequest, tokens: PromptTokens | None, token_limit: int
         ],
         tokens=None if tokens is None else tokens.count(wire.prompt),
         token_limit=token_limit,
+        cut_at=None if cut is None else cut.start,
         warnings=_warnings({"prompt": wire.prompt}, tokens, token_limit),
     )
 

@@ -17,7 +17,7 @@ import heapq
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -58,6 +58,10 @@ class CallerLimited(QueueFull):
     """This caller has had what one caller may; others may go on."""
 
 
+#: One who waits outside of the queue for a place in it: caller, work, pictures.
+Outside = tuple[str, float, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What one caller may: a share by its priority, so many pictures at once, so many requests a minute.
@@ -78,6 +82,14 @@ class Place:
     seconds: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What a worker draws beside others at the cost of less than a turn: `most` tickets of one `kind`."""
+
+    kind: Hashable
+    most: int
+
+
 @dataclass(eq=False)
 class Ticket:
     """One request in the queue or at the workers; made by `FairQueue.enter` alone."""
@@ -88,6 +100,7 @@ class Ticket:
     priority: Priority
     number: int
     entered_at: float
+    sharing: Sharing | None = None
     admitted_at: float | None = None
     refusal: QueueFull | None = None
     #: Set once it no longer waits: it is admitted, or refused after all.
@@ -217,8 +230,12 @@ class FairQueue:
 
     @property
     def room(self) -> int:
-        """Tickets that may be at the workers at once."""
+        """Tickets that may be at the workers at once, beside those that share a drawing with one of them."""
         return self._workers * TICKETS_A_WORKER + SPARE_TICKETS
+
+    def room_for(self, sharing: Sharing | None) -> int:
+        """Tickets that may be at the workers at once where all are of that kind."""
+        return self.room if sharing is None else max(self.room, self._workers * sharing.most + SPARE_TICKETS)
 
     def set_workers(self, workers: int) -> None:
         """So many draw now. While none does, tickets go through as to one, and wait for it where they are."""
@@ -229,8 +246,10 @@ class FairQueue:
         """Other bounds for those who come from now on; who waits already stays."""
         self._places, self._seconds = places, seconds
 
-    def enter(self, name: str, work: float, pictures: int = 1) -> Ticket:
+    def enter(self, name: str, work: float, pictures: int = 1, sharing: Sharing | None = None) -> Ticket:
         """A ticket for `pictures` of `work` in all; it is admitted already where there is room.
+
+        With `sharing` there is room also beside admitted tickets of its kind.
 
         Raises CallerLimited where the caller has had its part, InvalidRequest where it never may have so
         much, and QueueFull. One who has less in a full queue than another takes the place of the other's
@@ -239,9 +258,10 @@ class FairQueue:
         now = self._clock()
         line = self._line(name, now)
         self._check_limits(line, pictures, now)
-        ticket = Ticket(name, work, pictures, line.entry.priority, self._entered, now)
-        if len(self._admitted) >= self.room:
-            self._make_room(line, work)
+        ticket = Ticket(name, work, pictures, line.entry.priority, self._entered, now, sharing)
+        if self._waiting or not self._has_room(ticket):
+            tickets, _ = self._going_for(line, name, work)
+            self._refuse(tickets)
         if line.minute is not None:
             line.minute.take(now)
         self._entered += 1
@@ -257,19 +277,26 @@ class FairQueue:
         self._admit()
         return ticket
 
-    def check(
-        self, name: str, work: float, pictures: int = 1, ahead: Sequence[tuple[str, float, int]] = ()
-    ) -> None:
-        """Raise what `enter` would if those `ahead` had entered before: caller, work, pictures of each.
-
-        Nobody enters, and nobody who waits goes for a newcomer.
-        """
+    def check(self, name: str, work: float, pictures: int = 1, ahead: Sequence[Outside] = ()) -> None:
+        """Raise what `enter` would if those `ahead` had entered before. Nobody enters or goes."""
         now = self._clock()
         own = [pictures_ahead for caller, _, pictures_ahead in ahead if caller == name]
-        self._check_limits(self._line(name, now), pictures, now, own)
-        waiting = self._waiting + len(ahead) - max(0, self.room - len(self._admitted))
-        if waiting >= 0 and not self._fits(waiting, self._waiting_work + sum(each[1] for each in ahead)):
-            raise self._full("this request came too late for a place", len(ahead))
+        line = self._line(name, now)
+        self._check_limits(line, pictures, now, own)
+        self._going_for(line, name, work, ahead)
+
+    def displace(self, name: str, work: float, ahead: Sequence[Outside]) -> list[tuple[int, QueueFull]]:
+        """Let those go who must for one that waits outside behind those `ahead`, as `enter` does.
+
+        Tickets are refused here; who of `ahead` has to go is returned, with what to tell them. Nobody goes
+        where the place has gone to others meanwhile.
+        """
+        try:
+            tickets, outside = self._going_for(self._line(name, self._clock()), name, work, ahead)
+        except QueueFull:
+            return []
+        self._refuse(tickets)
+        return [(number, self._made_room()) for number in outside]
 
     def leave(self, ticket: Ticket) -> None:
         """The ticket is no longer needed: drawn, failed, or nobody waits for it any more. Twice is once."""
@@ -365,25 +392,56 @@ class FairQueue:
 
     # --- bounds ------------------------------------------------------------------------------------------
 
-    def _make_room(self, line: _Line, work: float) -> None:
-        """Refuse those who must go for a newcomer; raises QueueFull where it is the newcomer itself."""
-        leaving: list[Ticket] = []
-        left = {id(each): (each.waiting_work, len(each.waiting)) for each in self._lines.values()}
-        waiting, waiting_work = self._waiting, self._waiting_work
-        wanted = (line.waiting_work + work) / line.weight
-        while not self._fits(waiting, waiting_work):
-            heaviest = max(self._lines.values(), key=lambda each: left[id(each)][0] / each.weight)
-            its_work, its_number = left[id(heaviest)]
-            last = heaviest.waiting[its_number - 1] if its_number else None
-            if last is None or (its_work - last.work) / heaviest.weight < wanted:
-                raise self._full("this request came too late for a place")
-            leaving.append(last)
-            left[id(heaviest)] = (its_work - last.work, its_number - 1)
-            waiting, waiting_work = waiting - 1, waiting_work - last.work
-        for ticket in leaving:
-            ticket.refusal = self._full("others, who have fewer pictures in it, came for a place")
+    def _going_for(
+        self, line: _Line, name: str, work: float, ahead: Sequence[Outside] = ()
+    ) -> tuple[list[Ticket], list[int]]:
+        """Who must go for a newcomer: tickets, and those of `ahead` by their place there.
+
+        Who has most loses the youngest; one outside is younger than the caller's tickets. Raises QueueFull
+        where it is the newcomer itself.
+        """
+        waiting = self._waiting + len(ahead) - max(0, self.room - len(self._admitted))
+        waiting_work = self._waiting_work + sum(each[1] for each in ahead)
+        if waiting < 0 or self._fits(waiting, waiting_work):
+            return [], []
+        now = self._clock()
+        lines = {caller: self._line(caller, now) for caller, _, _ in ahead} | self._lines | {name: line}
+        outside: dict[str, list[int]] = {caller: [] for caller in lines}
+        for number, (caller, _, _) in enumerate(ahead):
+            outside[caller].append(number)
+        left = {
+            caller: each.waiting_work + sum(ahead[number][1] for number in outside[caller])
+            for caller, each in lines.items()
+        }
+        inside = {caller: len(each.waiting) for caller, each in lines.items()}
+        wanted = (left[name] + work) / line.weight
+        tickets: list[Ticket] = []
+        going: list[int] = []
+        while waiting >= 0 and not self._fits(waiting, waiting_work):
+            heaviest = max(lines, key=lambda caller: left[caller] / lines[caller].weight)
+            youngest = outside[heaviest][-1] if outside[heaviest] else None
+            last = lines[heaviest].waiting[inside[heaviest] - 1] if inside[heaviest] else None
+            its_work = ahead[youngest][1] if youngest is not None else 0.0 if last is None else last.work
+            is_nobody = youngest is None and last is None
+            if is_nobody or (left[heaviest] - its_work) / lines[heaviest].weight < wanted:
+                raise self._full("this request came too late for a place", len(ahead))
+            if youngest is not None:
+                going.append(outside[heaviest].pop())
+            elif last is not None:
+                tickets.append(last)
+                inside[heaviest] -= 1
+            left[heaviest] -= its_work
+            waiting, waiting_work = waiting - 1, waiting_work - its_work
+        return tickets, going
+
+    def _refuse(self, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            ticket.refusal = self._made_room()
             self._take_out(ticket)
             ticket.moved.set()
+
+    def _made_room(self) -> QueueFull:
+        return self._full("others, who have fewer pictures in it, came for a place")
 
     def _fits(self, waiting: int, waiting_work: float) -> bool:
         """Whether one more may wait behind those."""
@@ -426,11 +484,14 @@ class FairQueue:
 
     def _admit(self) -> None:
         self._places_now = None
-        while self._waiting and len(self._admitted) < self.room:
+        while self._waiting:
             line = min(
                 (each for each in self._lines.values() if each.waiting),
                 key=lambda each: (each.had, each.waiting[0].number),
             )
+            # Strictly in this order: who could share what is drawn overtakes nobody.
+            if not self._has_room(line.waiting[0]):
+                return
             ticket = line.waiting.popleft()
             self._uncount(line, ticket)
             self._progress = max(self._progress, line.had)
@@ -441,6 +502,15 @@ class FairQueue:
             self._admitted[ticket] = None
             self._admitted_work = sum(each.work for each in self._admitted)
             ticket.moved.set()
+
+    def _has_room(self, ticket: Ticket) -> bool:
+        """Whether it could be at the workers now, if it were its turn."""
+        if len(self._admitted) < self.room:
+            return True
+        if ticket.sharing is None or len(self._admitted) >= self.room_for(ticket.sharing):
+            return False
+        alike = [each.sharing for each in self._admitted].count(ticket.sharing)
+        return len(self._admitted) - alike < self.room and alike > 0
 
     def _in_order(self) -> Iterator[tuple[Ticket, tuple[int, float]]]:
         """Each waiting ticket with its place and the waiting work before it."""
@@ -475,14 +545,19 @@ OnPlace = Callable[[Place], None]
 
 @asynccontextmanager
 async def turn(
-    queue: FairQueue, name: str, work: float, pictures: int = 1, on_place: OnPlace | None = None
+    queue: FairQueue,
+    name: str,
+    work: float,
+    pictures: int = 1,
+    on_place: OnPlace | None = None,
+    sharing: Sharing | None = None,
 ) -> AsyncIterator[Ticket]:
     """Inside it is one's turn. `on_place` is told where one stands, at once and then as it changes.
 
     Whoever is cancelled leaves the queue at once. Raises as `FairQueue.enter`, and QueueFull also for one who
     waited and had to make room.
     """
-    ticket = queue.enter(name, work, pictures)
+    ticket = queue.enter(name, work, pictures, sharing)
     try:
         await _until_moved(queue, ticket, on_place)
         if ticket.refusal is not None:

@@ -124,7 +124,7 @@ class ResultStore:
         now: Callable[[], float] = time.time,
     ) -> None:
         """`place` is a folder, made when the first file is kept, or as text a URL as `check_place` takes."""
-        self._place: _Place = _Folder(place) if isinstance(place, Path) else _ObjectStore(place)
+        self._place = place_at(place)
         self._seconds = seconds
         self._most_bytes = most_bytes
         self._now = now
@@ -381,6 +381,11 @@ class _ObjectStore:
             _Entry(str(each["path"]).rpartition("/")[2], int(each["size"]), each["last_modified"].timestamp())
             for each in found["objects"]
         ]
+
+
+def place_at(place: Path | str) -> _Place:
+    """Where files are written and read: a folder, made with the first, or as text a URL."""
+    return _Folder(place) if isinstance(place, Path) else _ObjectStore(place)
 
 
 def _opened(url: str) -> Any:

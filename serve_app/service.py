@@ -33,22 +33,30 @@ from serve_app.lost_workers import Losses, RefusedRequests, named_request
 from serve_app.metrics import ServerMetrics, merged
 from serve_app.model_list import ModelLoadFailed, ModelState, merged_states
 from serve_app.openai_schema import is_default_model, refuse_model
-from serve_app.queueing import Entry, FairQueue, OnPlace, turn
+from serve_app.prompt_endpoint import PromptEndpoint
+from serve_app.queueing import Entry, FairQueue, OnPlace, Outside, QueueFull, Sharing, turn
+from serve_app.shared_turns import most_together
 from serve_app.tracing import Tracing, current, now
-from serve_app.worker_reply import DrawingBegan, Preview, WorkerUnfit
+from serve_app.worker_reply import DrawingBegan, Preview, PreviewsWanted, WorkerUnfit
 from zimage_engine.errors import DeadlineExceeded, DeviceFailed, InvalidRequest
 from zimage_engine.loading.lora_choice import choices_in_prompt, chosen
 from zimage_engine.prompts.enhancer import enhance, unchanged
+from zimage_engine.prompts.llm_writing import judged, messages_for, notice_of
 from zimage_engine.prompts.tokens import PromptTokens, prompt_tokens
-from zimage_engine.sampling.plan import SamplingPlan, resolve
+from zimage_engine.sampling.plan import SamplingPlan, most_of_size, resolve
 from zimage_engine.types import (
     DeviceStatus,
     EnhancedPrompt,
+    Enhancer,
+    GenerationReport,
     GenerationRequest,
     LoraChoice,
     LoraOffer,
     ModelDescription,
+    NotWritten,
+    RewriteBudget,
     StepProgress,
+    Written,
 )
 
 if TYPE_CHECKING:
@@ -110,7 +118,7 @@ class _Watcher:
 
     on_progress: OnProgress
     on_preview: OnPreview | None
-    previews: int
+    previews: PreviewsWanted
 
 
 _NOBODY = _Watcher(lambda progress: None, None, 0)
@@ -152,6 +160,9 @@ class ImageService:
         self._metrics = metrics
         self._in_force = InForce(at_start(settings))
         self._has_lora_folder = settings.lora_folder is not None
+        self._max_batch_size = settings.max_batch_size
+        self._offered_enhancers = settings.offered_enhancers
+        self._endpoint = _endpoint_of(settings)
         self._tracing = tracing
         self._description: ModelDescription | None = None
         self._tokens: PromptTokens | None = None
@@ -173,7 +184,7 @@ class ImageService:
         encoding: ImageEncoding,
         on_progress: OnProgress | None = None,
         on_preview: OnPreview | None = None,
-        previews: int = 0,
+        previews: PreviewsWanted = 0,
         *,
         asked_by: str = "",
         on_place: OnPlace | None = None,
@@ -182,9 +193,9 @@ class ImageService:
 
         `asked_by` has one line in the queue; `on_place` hears of the place in it while there is one.
 
-        `on_progress` is called after each step, and `on_preview` after `previews` of them, or after fewer
-        where some cannot be made; after a worker's death both begin again with the first step. Cancelling
-        stops the drawing in the worker.
+        `on_progress` is called after each step, and `on_preview` after `previews` of them (EVERY_STEP: after
+        all but the last), or after fewer where some cannot be made; after a worker's death both begin again
+        with the first step. Cancelling stops the drawing in the worker.
         Raises InvalidRequest, ModelNotReady, QueueFull, CallerLimited, DeadlineExceeded, WorkerLost,
         RequestKillsWorkers or DeviceFailed.
         """
@@ -202,7 +213,7 @@ class ImageService:
                     # What cannot be drawn is told now, not after a place in the queue has come up.
                     plan = resolve(request, description)
                     enhancing, enhancing_at = time.perf_counter(), now()
-                    enhanced = self._enhanced(plan, request.enhance and bool(plan.prompt), description)
+                    enhanced = await self._enhanced_here(request, plan, description)
                     enhance_seconds = time.perf_counter() - enhancing
                     asked_at = now()
                     if request.enhance:
@@ -210,12 +221,15 @@ class ImageService:
                     self._refuse_what_kills(request, plan)
                     work = work_of(plan)
                     self._count_workers_soon()
-                    async with turn(self._queue, asked_by, work, len(plan.seeds), on_place) as ticket:
-                        ready = _ready_to_draw(request, plan, enhanced)
+                    sharing = self._sharing(request, plan, description)
+                    async with turn(
+                        self._queue, asked_by, work, len(plan.seeds), on_place, sharing
+                    ) as ticket:
+                        ready = _ready_to_draw(request, plan, enhanced, self._budget)
                         reply = await self._drawn(request, ready, plan, encoding, watcher)
-                        self._queue.pace.learn(work, reply.report.seconds)
+                        self._queue.pace.learn(work, reply.report.seconds / reply.report.sharing)
                     self._count_workers_soon()
-            report = replace(reply.report, enhancement=enhanced)
+            report = self._with_enhancement(reply.report, enhanced)
             seconds = time.monotonic() - started
             self._metrics.record(
                 report, seconds, enhance_seconds, reply.encode_file_seconds, _name_of_request()
@@ -250,15 +264,44 @@ class ImageService:
         """The numbers of this ingress, for whoever counts beside the service."""
         return self._metrics
 
+    @property
+    def workers(self) -> int:
+        """Workers that answered when they were asked last; at least 1."""
+        return self._queue.workers
+
+    @property
+    def drawing(self) -> int:
+        """Requests that this ingress has handed to the workers."""
+        return self._queue.admitted
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait in this ingress' queue."""
+        return self._queue.waiting
+
     def tickets_for_jobs(self) -> int:
         """How many jobs may stand in the queue at once: as many as keep the workers busy, and no more."""
-        return self._queue.room
+        if self._description is None:
+            return self._queue.room
+        most = most_together(self._max_batch_size, self._description)
+        return self._queue.room_for(Sharing(None, most))
 
-    def check_room(
-        self, asked_by: str, work: float, pictures: int, ahead: Sequence[tuple[str, float, int]]
-    ) -> None:
+    def _sharing(
+        self, request: GenerationRequest, plan: SamplingPlan, model: ModelDescription
+    ) -> Sharing | None:
+        """What else could be drawn beside it; None where it is drawn alone."""
+        most = most_of_size(plan.width_px, plan.height_px, most_together(self._max_batch_size, model))
+        if most < 2 or request.image is not None:
+            return None
+        return Sharing((request.model, plan.width_px, plan.height_px, request.loras), most)
+
+    def check_room(self, asked_by: str, work: float, pictures: int, ahead: Sequence[Outside]) -> None:
         """Raise what `generate` would of the queue, for one who waits behind those `ahead`, outside of it."""
         self._queue.check(asked_by, work, pictures, ahead)
+
+    def make_room(self, asked_by: str, work: float, ahead: Sequence[Outside]) -> list[tuple[int, QueueFull]]:
+        """Refuse those who must go for that one; who of `ahead` has to go is returned, with what to say."""
+        return self._queue.displace(asked_by, work, ahead)
 
     def seconds_for(self, work: float) -> float | None:
         """How long the workers take for so much, by the last drawings; None before the first."""
@@ -456,18 +499,130 @@ class ImageService:
         )
         return merged([*others, self._metrics.named_text()], workers, with_exemplars)
 
-    def _enhanced(self, plan: SamplingPlan, wanted: bool, description: ModelDescription) -> EnhancedPrompt:
-        if not wanted:
-            return unchanged(plan.prompt, plan.negative_prompt)
+    def enhancer_for(self, wanted: Enhancer | None) -> Enhancer:
+        """Who enhances where a request wants this; None: the operator's choice. Raises InvalidRequest."""
+        live = self.live
+        if wanted is None:
+            return live.enhancer
+        offered = ("rules", live.enhancer, *self._offered_enhancers)
+        if wanted not in offered:
+            named = ", ".join(dict.fromkeys(offered))
+            raise InvalidRequest(
+                f"enhance {wanted!r} is not offered by this server; take one of: true, false, {named}",
+                "enhance",
+            )
+        return wanted
+
+    async def enhanced(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        enhancer: Enhancer,
+        description: ModelDescription,
+        asked_by: str = "",
+        on_text: Callable[[str], None] | None = None,
+    ) -> EnhancedPrompt:
+        """What a picture would be drawn from; `on_text` hears a language model before its text is judged.
+
+        The model's text encoder is asked when its turn is; where its worker is lost the rules are used.
+        Raises QueueFull or CallerLimited.
+        """
+        if enhancer == "model":
+            self._count_workers_soon()
+            async with turn(self._queue, asked_by, 0.0, 1):
+                made = await self._rewritten_by_a_worker(prompt, negative_prompt, description, on_text)
+        elif enhancer == "endpoint":
+            made = await self._by_endpoint(prompt, negative_prompt, description, on_text)
+        else:
+            counter, limit = self._counted(description)
+            made = enhance(prompt, negative_prompt, count_tokens=counter, token_limit=limit)
+        self._count_rewrite(made)
+        return made
+
+    @property
+    def _budget(self) -> RewriteBudget:
+        return RewriteBudget(self.live.enhancer_seconds, self.live.enhancer_tokens)
+
+    def _counted(self, description: ModelDescription) -> tuple[Callable[[str], int] | None, int | None]:
+        """How a model counts a text's tokens, and how many it reads; None where that is not known."""
         other = self._others.get(description.id)
         has_tokenizer = bool(description.tokenizer_json)
         counter = self._count_tokens if other is None else other.count_tokens if has_tokenizer else None
-        return enhance(
-            plan.prompt,
-            plan.negative_prompt,
-            count_tokens=counter,
-            token_limit=description.token_limit if counter else None,
+        return counter, description.token_limit if counter else None
+
+    async def _enhanced_here(
+        self, request: GenerationRequest, plan: SamplingPlan, description: ModelDescription
+    ) -> EnhancedPrompt | None:
+        """The prompts to draw; None where the worker's text encoder makes them."""
+        if not request.enhance or not plan.prompt:
+            return unchanged(plan.prompt, plan.negative_prompt)
+        enhancer = self.enhancer_for(request.enhancer)
+        if enhancer == "model":
+            return None
+        return await self.enhanced(plan.prompt, plan.negative_prompt, enhancer, description)
+
+    async def _by_endpoint(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        description: ModelDescription,
+        on_text: Callable[[str], None] | None,
+    ) -> EnhancedPrompt:
+        counter, limit = self._counted(description)
+        answer: Written | NotWritten
+        if self._endpoint is None:
+            answer = NotWritten("unavailable", "the server knows of none")
+        elif counter is not None and limit is not None and counter(prompt) > limit:
+            answer = NotWritten("unavailable", "the prompt is longer than the model reads")
+        else:
+            budget = self._budget
+            answer = await self._endpoint.write(messages_for(prompt, budget), budget, on_text)
+        # Off the event loop: judging the longest texts takes as long as a step of a small picture.
+        return await asyncio.to_thread(
+            judged, prompt, negative_prompt, answer, "endpoint", count_tokens=counter, token_limit=limit
         )
+
+    async def _rewritten_by_a_worker(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        description: ModelDescription,
+        on_text: Callable[[str], None] | None,
+    ) -> EnhancedPrompt:
+        _, streaming_worker = self._workers_for(self._listed.get(description.id))
+        stream = streaming_worker.rewrite.remote(
+            prompt, negative_prompt, self._budget, self._listed.get(description.id)
+        )
+        try:
+            async for item in stream:
+                if isinstance(item, EnhancedPrompt):
+                    return item
+                if on_text is not None:
+                    on_text(item)
+        except CANCELLED:
+            stream.cancel()
+            raise
+        except Exception as error:
+            original = unwrap(error)
+            if isinstance(original, (DeadlineExceeded, InvalidRequest)):
+                raise original from None
+            logger.warning("no worker rewrote a prompt: %s", original)
+        counter, limit = self._counted(description)
+        lost = NotWritten("failed", "its worker was lost, or had no model")
+        return judged(prompt, negative_prompt, lost, "model", count_tokens=counter, token_limit=limit)
+
+    def _with_enhancement(
+        self, report: GenerationReport, enhanced: EnhancedPrompt | None
+    ) -> GenerationReport:
+        """The report with what was done to the prompt here; what the worker did is in it already."""
+        if enhanced is None:
+            self._count_rewrite(report.enhancement)
+            return report
+        return replace(report, enhancement=enhanced, warnings=(*report.warnings, *notice_of(enhanced)))
+
+    def _count_rewrite(self, enhanced: EnhancedPrompt) -> None:
+        if enhanced.rewrite is not None:
+            self._metrics.record_rewrite(enhanced.rewrite)
 
     async def _drawn(
         self,
@@ -638,6 +793,15 @@ class ImageService:
         return "No worker answers at the moment; a new one is being started. Try again in a few seconds."
 
 
+def _endpoint_of(settings: Settings) -> PromptEndpoint | None:
+    if settings.enhancer_url is None or settings.enhancer_model is None:
+        return None
+    key = settings.enhancer_api_key
+    return PromptEndpoint(
+        settings.enhancer_url, settings.enhancer_model, None if key is None else key.get_secret_value()
+    )
+
+
 def work_of(plan: SamplingPlan) -> float:
     """What drawing it costs, in megapixel-steps; with guidance each step is computed twice."""
     passes = 2 if plan.guidance_scale > 1 else 1
@@ -673,9 +837,20 @@ def _name_of_request() -> dict[str, str]:
 
 
 def _ready_to_draw(
-    request: GenerationRequest, plan: SamplingPlan, enhanced: EnhancedPrompt
+    request: GenerationRequest, plan: SamplingPlan, enhanced: EnhancedPrompt | None, budget: RewriteBudget
 ) -> GenerationRequest:
-    """The request with finished prompts and a seed of its own, so that it can be sent twice."""
+    """The request with finished prompts and a seed of its own, so that it can be sent twice.
+
+    Without prompts that are finished the worker's text encoder makes them, the same each time.
+    """
+    if enhanced is None:
+        return replace(
+            request,
+            enhancer="model",
+            rewrite_budget=budget,
+            refine=request.enhance if request.refine is None else request.refine,
+            seed=plan.seeds[0],
+        )
     return replace(
         request,
         prompt=enhanced.prompt,

@@ -18,16 +18,18 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from platformdirs import user_data_path
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import YamlConfigSettingsSource as YamlSource
 
 from serve_app.model_list import ListedModel, read_models
 from serve_app.results import check_place
+from serve_app.signing import INSTALL, can_sign
+from serve_app.watermark import check_text
 from zimage_engine.errors import InvalidRequest
 from zimage_engine.loading.lora_weight import LoraWeight, parse_lora
 from zimage_engine.memory.residency import MemoryWishes, parse_memory
-from zimage_engine.types import EMBEDDING_CACHE_BYTES
+from zimage_engine.types import EMBEDDING_CACHE_BYTES, Enhancer
 
 ENVIRONMENT_PREFIX = "ZIMAGE_"
 CONFIG_FILE_VARIABLE = "ZIMAGE_CONFIG"
@@ -176,6 +178,13 @@ class Settings(BaseSettings):
         description="Threads that a worker computes with; empty: every core that the process may use, shared "
         "out among num_replicas.",
     )
+    max_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="Requests of one size that share each forward pass at most; 1 draws one after another. "
+        "Empty: 8 on a CPU, where each picture stays bit for bit the same, and 1 elsewhere.",
+    )
     default_steps: int | None = Field(
         default=None,
         ge=1,
@@ -191,6 +200,34 @@ class Settings(BaseSettings):
     )
     default_enhance: bool = Field(
         default=True, description="Whether prompts are enhanced where the caller does not say."
+    )
+    enhancer: Enhancer = Field(
+        default="rules",
+        description="Who enhances prompts where the caller does not say: rules; model, the text encoder that "
+        "is loaded anyway; or endpoint, a language model elsewhere. What a language model wrote is checked, "
+        "and the rules are used where it cannot be.",
+    )
+    # NoDecode: in the environment they are words with commas between, and no JSON.
+    offered_enhancers: Annotated[tuple[Enhancer, ...], NoDecode] = Field(
+        default=(),
+        description="What requests may name beside rules and the default enhancer, such as model,endpoint.",
+    )
+    enhancer_url: str | None = Field(
+        default=None,
+        description="Base address of the OpenAI-compatible API that the enhancer endpoint asks, such as "
+        "http://127.0.0.1:8000/v1.",
+    )
+    enhancer_model: str | None = Field(default=None, description="The model there that is asked.")
+    enhancer_api_key: SecretStr | None = Field(default=None, description="Key for it; empty: none.")
+    enhancer_seconds: float = Field(
+        default=20,
+        gt=0,
+        le=600,
+        allow_inf_nan=False,
+        description="Seconds that a language model may take for a prompt before the rules are used.",
+    )
+    enhancer_tokens: int = Field(
+        default=256, ge=16, le=4096, description="Tokens that a language model may write for a prompt."
     )
     max_queued_requests: int = Field(
         default=64,
@@ -354,6 +391,50 @@ class Settings(BaseSettings):
         description="Let callers name webhooks on this machine and in private networks; webhook_url may lead "
         "there in any case.",
     )
+    history: bool = Field(
+        default=True,
+        description="Keep what is drawn on the page, for whoever drew it: files and an index below data_dir, "
+        "or where jobs_url and results_url lead. Pictures of the API are not kept.",
+    )
+    history_pictures: int = Field(
+        default=5_000,
+        ge=1,
+        description="Pictures of one key that the history keeps, without keys of all callers; beyond it the "
+        "oldest are removed.",
+    )
+    history_bytes: int = Field(
+        default=10 * 2**30,
+        ge=64 * 2**20,
+        description="How much the history keeps in all, such as 10GiB or bytes; beyond it the oldest are "
+        "removed.",
+    )
+    history_seconds: float = Field(
+        default=365 * 24 * 3600,
+        ge=1,
+        le=100 * 365 * 24 * 3600,
+        allow_inf_nan=False,
+        description="How long the history keeps a picture.",
+    )
+    c2pa_certificate: Path | None = Field(
+        default=None,
+        description="File with the certificate that pictures are signed with as C2PA says, in PEM, and "
+        "behind it those that vouch for it (extra c2pa); with c2pa_key. Empty: pictures are not signed.",
+    )
+    c2pa_key: Path | None = Field(
+        default=None, description="File with its private key in PEM, without a password."
+    )
+    c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] | None = Field(
+        default=None, description="How it signs; empty: as goes with the key, es256 for one of P-256."
+    )
+    c2pa_timestamp_url: str | None = Field(
+        default=None,
+        description="Authority (RFC 3161) that is asked for the time of each signature; empty: none.",
+    )
+    watermark: str | None = Field(
+        default=None,
+        description="Text of at most 20 bytes that is put into the pixels of every picture where no eye sees "
+        "it, such as a name; empty: none.",
+    )
     ui: bool = Field(default=True, description="Serve the page at /.")
     haproxy: bool | None = Field(
         default=None,
@@ -375,6 +456,14 @@ class Settings(BaseSettings):
         "jobs_url",
         "webhook_url",
         "webhook_secret",
+        "c2pa_certificate",
+        "c2pa_key",
+        "c2pa_algorithm",
+        "c2pa_timestamp_url",
+        "watermark",
+        "enhancer_url",
+        "enhancer_model",
+        "enhancer_api_key",
         mode="before",
     )
     @classmethod
@@ -382,7 +471,7 @@ class Settings(BaseSettings):
         """An empty string, as `ZIMAGE_MODEL=` gives it, is no value."""
         return None if isinstance(value, str) and not value.strip() else value
 
-    @field_validator("allowed_hosts", "cors_origins", "trusted_proxies", mode="before")
+    @field_validator("allowed_hosts", "cors_origins", "trusted_proxies", "offered_enhancers", mode="before")
     @classmethod
     def _read_names(cls, value: Any) -> Any:
         """A list, or text with commas between."""
@@ -492,6 +581,16 @@ class Settings(BaseSettings):
             raise ValueError("setting webhook_url must be an address such as https://example.org/done")
         return value
 
+    @field_validator("enhancer_url")
+    @classmethod
+    def _endpoint_is_somewhere(cls, value: str | None) -> str | None:
+        if value is not None and ("@" in value or not _is_web_address(value)):
+            raise ValueError(
+                "setting enhancer_url must be an address such as http://127.0.0.1:8000/v1; a key belongs "
+                "into enhancer_api_key"
+            )
+        return value
+
     @field_validator("webhook_secret")
     @classmethod
     def _webhooks_can_be_signed(cls, value: SecretStr | None) -> SecretStr | None:
@@ -499,14 +598,29 @@ class Settings(BaseSettings):
             raise ValueError("setting webhook_secret must be whsec_ and then 24 to 64 bytes in base64")
         return value
 
-    @field_validator("result_bytes", mode="before")
+    @field_validator("c2pa_timestamp_url")
     @classmethod
-    def _read_result_bytes(cls, value: Any) -> Any:
+    def _times_are_told_somewhere(cls, value: str | None) -> str | None:
+        if value is not None and not _is_web_address(value):
+            raise ValueError(
+                "setting c2pa_timestamp_url must be an authority's address such as http://time.example.org, "
+                f"got {value!r}"
+            )
+        return value
+
+    @field_validator("watermark")
+    @classmethod
+    def _watermark_fits(cls, value: str | None) -> str | None:
+        return None if value is None else check_text(value)
+
+    @field_validator("result_bytes", "history_bytes", mode="before")
+    @classmethod
+    def _read_kept_bytes(cls, value: Any, info: ValidationInfo) -> Any:
         """Bytes, or text with a unit."""
         if not isinstance(value, str):
             return value
         try:
-            return parse_memory(value, "setting result_bytes")
+            return parse_memory(value, f"setting {info.field_name}")
         except InvalidRequest as wrong:
             raise ValueError(str(wrong)) from wrong
 
@@ -575,6 +689,20 @@ class Settings(BaseSettings):
         except InvalidRequest as wrong:
             raise ValueError(str(wrong)) from wrong
 
+    @property
+    def has_endpoint(self) -> bool:
+        """Whether there is an endpoint that the enhancer can ask."""
+        return self.enhancer_url is not None and self.enhancer_model is not None
+
+    @model_validator(mode="after")
+    def _endpoint_is_there(self) -> Settings:
+        if "endpoint" in (self.enhancer, *self.offered_enhancers) and not self.has_endpoint:
+            raise ValueError(
+                "the enhancer endpoint needs to know whom to ask: set enhancer_url and enhancer_model, or "
+                "leave endpoint out of enhancer and offered_enhancers"
+            )
+        return self
+
     @model_validator(mode="after")
     def _memory_is_one_wish(self) -> Settings:
         try:
@@ -591,6 +719,27 @@ class Settings(BaseSettings):
         if unknown:
             raise ValueError("; ".join(no_such("setting", name, cls.model_fields) for name in unknown))
         return given
+
+    @model_validator(mode="after")
+    def _pictures_can_be_signed(self) -> Settings:
+        """What can be said without reading the files, which `Finisher.of` does where pictures are drawn."""
+        if (self.c2pa_certificate is None) != (self.c2pa_key is None):
+            missing = "c2pa_key" if self.c2pa_key is None else "c2pa_certificate"
+            raise ValueError(
+                f"settings c2pa_certificate and c2pa_key go together, and {missing} is missing: name both, "
+                "or leave both out, and pictures are not signed"
+            )
+        if self.c2pa_key is None and (self.c2pa_timestamp_url or self.c2pa_algorithm):
+            raise ValueError(
+                "settings c2pa_timestamp_url and c2pa_algorithm do nothing without c2pa_certificate and "
+                "c2pa_key: name those, or leave all of them out"
+            )
+        if self.c2pa_key is not None and not can_sign():
+            raise ValueError(
+                "setting c2pa_key needs a package that is not installed here: "
+                f"{INSTALL}, or leave c2pa_certificate and c2pa_key out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _workers_grow_upwards(self) -> Settings:

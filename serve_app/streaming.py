@@ -10,7 +10,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -328,7 +328,13 @@ def events_in_docs(kind: EventKind = GENERATION) -> dict[str, Any]:
         },
     }
     said = (comment("step 2/8, 0.9 seconds left"), event(partial), event(completed))
-    rows = ((kind.partial, partial), (kind.completed, completed), (ErrorEvent, None))
+    return stream_in_docs(((kind.partial, partial), (kind.completed, completed), (ErrorEvent, None)), said)
+
+
+def stream_in_docs(
+    rows: Sequence[tuple[type[BaseModel], dict[str, Any] | None]], said: Sequence[bytes]
+) -> dict[str, Any]:
+    """The same of any stream: what its events hold, each with an example, and how a stream looks."""
     return {
         "schema": {"anyOf": [_event_schema(_schema(model, example)) for model, example in rows]},
         "example": b"".join(said).decode(),

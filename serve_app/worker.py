@@ -19,7 +19,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from serve_app.image_codec import ImageEncoding, encode, encode_preview, facts_of
+from serve_app.finishing import Finisher
+from serve_app.image_codec import ImageEncoding, encode_preview
 from serve_app.live_settings import InForce, at_start
 from serve_app.logs import in_trace, log_to_terminal, trace_id_of_request
 from serve_app.metrics import MemoryFigures, WorkerMetrics
@@ -27,16 +28,27 @@ from serve_app.model_list import DEFAULT_NAMES, ListedModel, ModelState
 from serve_app.model_pool import ModelPool, PoolFigures
 from serve_app.replica import end_replica, replica_name
 from serve_app.settings import Settings
-from serve_app.worker_reply import DrawingBegan, Preview, WorkerReply, WorkerTimes, WorkerUnfit
+from serve_app.shared_turns import SharedTurns, ToDraw, Turn, until_done
+from serve_app.worker_reply import (
+    EVERY_STEP,
+    DrawingBegan,
+    Preview,
+    PreviewsWanted,
+    WorkerReply,
+    WorkerTimes,
+    WorkerUnfit,
+)
 from zimage_engine.cpu import Cores, ThreadPlan, plan_threads, read_cores
 from zimage_engine.errors import DeviceFailed
 from zimage_engine.sampling.control import DrawingControl, OnLatents
 from zimage_engine.types import (
     DeviceStatus,
+    EnhancedPrompt,
     GenerationRequest,
     GenerationResult,
     LoraOffer,
     ModelDescription,
+    RewriteBudget,
     StepProgress,
 )
 
@@ -57,6 +69,8 @@ Shows = Callable[["Engine"], OnLatents]
 #: How long the answers of a worker whose device has failed may take to be on their way, and to arrive.
 LEAVE_SECONDS = 5.0
 ANSWER_SECONDS = 0.5
+#: What sketches of every step are packed into: a page shows each of them for a moment.
+SKETCH_ENCODING = ImageEncoding("jpeg", 80)
 #: The exit code of a worker whose device has failed.
 DEVICE_FAILED = 74
 
@@ -64,13 +78,18 @@ DEVICE_FAILED = 74
 class ImageWorker:
     """One engine on one device. Requests beyond the one being drawn wait for the lock."""
 
-    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
-        """Serve awaits it, so the replica answers its controller while the model is being loaded."""
+    async def __init__(  # type: ignore[misc]
+        self, settings: Settings, load: Callable[[Settings], Engine] | None = None
+    ) -> None:
+        """Serve awaits it, so the replica answers its controller while the model is being loaded.
+
+        `load` gives another engine than the one that the settings describe.
+        """
         log_to_terminal(settings.log_format, replica_name())
         # One thread for all that touches the device: contexts and OpenMP pools belong to a thread.
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
-        self._turn = asyncio.Lock()
+        self._turn = Turn()
         self._asked = 0
         #: Why this worker draws no more; None while it is well.
         self._failure: str | None = None
@@ -78,11 +97,21 @@ class ImageWorker:
         self._settings = settings
         self._in_force = InForce(at_start(settings))
         loop = asyncio.get_running_loop()
+        # First, because it is told at once where a certificate cannot sign, and loading may take minutes.
+        self._finisher = await loop.run_in_executor(self._encoders, Finisher.of, settings)
         began = time.perf_counter()
-        engine: Engine = await loop.run_in_executor(self._device_thread, _load_engine, settings)
+        engine: Engine = await loop.run_in_executor(self._device_thread, load or _load_engine, settings)
         loaded_seconds, repairs = time.perf_counter() - began, len(engine.repairs)
         self._description = engine.description
         self._metrics = WorkerMetrics(replica_name(), self._description, loaded_seconds, repairs)
+        self._turns = SharedTurns(
+            self._turn,
+            self._device_thread,
+            settings.max_batch_size,
+            on_busy=self._metrics.set_busy,
+            on_pass=self._metrics.record_pass,
+            on_failed=self._look_at,
+        )
         self._pool = ModelPool(
             engine,
             settings.models,
@@ -112,20 +141,21 @@ class ImageWorker:
         With the trace that the request belongs to, log lines tell it, and the reply when all was done.
         """
         with in_trace(trace_id):
-            return await self._draw(request, encoding, lambda progress: None)
+            return await self._draw(request, encoding, lambda progress: None, None, alone=False)
 
     async def generate_streaming(
         self,
         request: GenerationRequest,
         encoding: ImageEncoding,
-        previews: int = 0,
+        previews: PreviewsWanted = 0,
         trace_id: str = "",
         tell_first: bool = False,
     ) -> AsyncIterator[DrawingBegan | StepProgress | Preview | WorkerReply]:
         """As `generate`, with a DrawingBegan when its turn is and a StepProgress after each step before it.
 
-        `previews` of the steps are followed by a Preview; by fewer where some cannot be made. With
-        `tell_first` the DrawingBegan has time to arrive before anything is drawn: what may end this process.
+        `previews` of the steps are followed by a Preview, with EVERY_STEP all but the last by a small and
+        coarse one; by fewer where some cannot be made. With `tell_first` the DrawingBegan has time to arrive
+        before anything is drawn: what may end this process.
         """
         told: asyncio.Queue[DrawingBegan | StepProgress | Future[Preview] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -134,9 +164,13 @@ class ImageWorker:
             loop.call_soon_threadsafe(told.put_nowait, item)
             return asyncio.sleep(ANSWER_SECONDS) if tell_first and isinstance(item, DrawingBegan) else None
 
-        shows = self._previewing(previews, encoding, publish) if previews else None
+        shows: Shows | None = None
+        if previews == EVERY_STEP:
+            shows = self._sketching(publish)
+        elif previews:
+            shows = self._previewing(previews, encoding, publish)
         with in_trace(trace_id):  # which the new task keeps
-            drawing = asyncio.ensure_future(self._draw(request, encoding, publish, shows))
+            drawing = asyncio.ensure_future(self._draw(request, encoding, publish, shows, tell_first))
         drawing.add_done_callback(lambda _: told.put_nowait(None))
         try:
             while (item := await told.get()) is not None:
@@ -149,7 +183,38 @@ class ImageWorker:
         finally:
             if not drawing.done():
                 drawing.cancel()
-                await _until_done(drawing)
+                await until_done(drawing)
+
+    async def rewrite(
+        self, prompt: str, negative_prompt: str, budget: RewriteBudget, model: str | None = None
+    ) -> AsyncIterator[str | EnhancedPrompt]:
+        """What a model's text encoder (None: the default model's) writes, as it comes, and last what of it is
+        used. Closing the stream ends it within one token.
+        """
+        self._must_be_fit()
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[str | None] = asyncio.Queue()
+        control = DrawingControl()
+
+        def tell(text: str | None) -> None:
+            loop.call_soon_threadsafe(told.put_nowait, text)
+
+        async with self._pool.leased(model) as engine, self._turn:
+            self._must_be_fit()
+            write = partial(
+                contextvars.copy_context().run,
+                partial(engine.rewrite, prompt, negative_prompt, budget, control, tell),
+            )
+            writing = loop.run_in_executor(self._device_thread, write)
+            writing.add_done_callback(self._look_for_failure)
+            writing.add_done_callback(lambda _: told.put_nowait(None))
+            try:
+                while (text := await told.get()) is not None:
+                    yield text
+                yield await writing
+            finally:
+                control.cancel()
+                await until_done(writing)
 
     async def name(self) -> str:
         """Whom a DrawingBegan names."""
@@ -220,10 +285,13 @@ class ImageWorker:
         end_replica(DEVICE_FAILED)
 
     def _look_for_failure(self, drawing: asyncio.Future[Any]) -> None:
-        """Also where nobody waits for the drawing any more."""
-        failed = None if drawing.cancelled() else drawing.exception()
-        if isinstance(failed, DeviceFailed):
-            self._give_up(failed)
+        """Also where nobody waits for it any more."""
+        if not drawing.cancelled() and (error := drawing.exception()) is not None:
+            self._look_at(error)
+
+    def _look_at(self, error: BaseException) -> None:
+        if isinstance(error, DeviceFailed):
+            self._give_up(error)
 
     def _models_changed(self) -> None:
         """A model has come or gone, or could not be loaded."""
@@ -248,84 +316,90 @@ class ImageWorker:
 
         return shows
 
+    def _sketching(self, publish: Callable[[Future[Preview]], Any]) -> Shows:
+        """Publishes a sketch after every step but the last; none while the one before is not packed yet."""
+
+        def shows(engine: Engine) -> OnLatents:
+            last: Future[Preview] | None = None
+
+            def on_latents(progress: StepProgress, latents: torch.Tensor) -> None:
+                nonlocal last
+                if progress.step == progress.steps or (last is not None and not last.done()):
+                    return
+                image = engine.sketch(latents)
+                if image is not None:
+                    last = self._encoders.submit(_packed, progress, image, SKETCH_ENCODING)
+                    publish(last)
+
+            return on_latents
+
+        return shows
+
     async def _draw(
         self,
         request: GenerationRequest,
         encoding: ImageEncoding,
         publish: Publish,
-        shows: Shows | None = None,
+        shows: Shows | None,
+        alone: bool,
     ) -> WorkerReply:
         self._asked += 1
         try:
-            return await self._draw_alone(request, encoding, publish, shows)
+            return await self._draw_in_turn(request, encoding, publish, shows, alone)
         finally:
             self._asked -= 1
 
-    async def _draw_alone(
+    async def _draw_in_turn(
         self,
         request: GenerationRequest,
         encoding: ImageEncoding,
         publish: Publish,
         shows: Shows | None,
+        alone: bool,
     ) -> WorkerReply:
         """When its turn is; until then it can be handed to another worker at no cost."""
         self._must_be_fit()
         await self._tell_serve(request.model or self._description.id)
         async with self._pool.leased(request.model) as engine:
-            result, began_at, steps = await self._drawn_by(engine, request, publish, shows)
+            result, began_at, steps = await self._drawn_by(engine, request, publish, shows, alone)
         # What packing takes, the model need not stay for.
         del engine
-        reply = await asyncio.get_running_loop().run_in_executor(self._encoders, _encoded, result, encoding)
+        reply = await asyncio.get_running_loop().run_in_executor(
+            self._encoders, _encoded, self._finisher, result, encoding
+        )
         if not trace_id_of_request():
             return reply
         return replace(reply, times=WorkerTimes(replica_name(), began_at, tuple(steps), time.time()))
 
     async def _drawn_by(
-        self, engine: Engine, request: GenerationRequest, publish: Publish, shows: Shows | None
+        self, engine: Engine, request: GenerationRequest, publish: Publish, shows: Shows | None, alone: bool
     ) -> tuple[GenerationResult, float, list[tuple[int, int, float]]]:
         """What was drawn, when that began, and each step's end."""
-        loop = asyncio.get_running_loop()
         steps: list[tuple[int, int, float]] = []
-        async with self._turn:
+        began_at = time.time()
+
+        def stepped(progress: StepProgress) -> None:
+            ended_at = time.time()
+            if progress.step > 1 and steps:
+                self._metrics.record_step(ended_at - steps[-1][2])
+            steps.append((progress.picture, progress.step, ended_at))
+            publish(progress)
+
+        def begins(engine: Engine) -> None:
+            if shows is not None:
+                control.show(shows(engine))
+
+        async def on_turn() -> None:
+            nonlocal began_at
             self._must_be_fit()
             if (word := publish(DrawingBegan(replica_name()))) is not None:
                 await word
-            self._metrics.set_busy(True)
+            control.limit(self._in_force.live.drawing_seconds)
             began_at = time.time()
 
-            def stepped(progress: StepProgress) -> None:
-                self._metrics.stepped(progress)
-                steps.append((progress.picture, progress.step, time.time()))
-                publish(progress)
-
-            seconds = self._in_force.live.drawing_seconds
-            control = DrawingControl(
-                seconds, on_step=stepped, on_latents=None if shows is None else shows(engine)
-            )
-            # With this request's context, so that what the engine logs tells its id.
-            draw = partial(contextvars.copy_context().run, engine.generate, request, control=control)
-            drawing = loop.run_in_executor(self._device_thread, draw)
-            drawing.add_done_callback(self._look_for_failure)
-            try:
-                result = await asyncio.shield(drawing)
-            except asyncio.CancelledError:
-                control.cancel()
-                await _until_done(drawing)
-                raise
-            finally:
-                self._metrics.set_busy(False)
-        return result, began_at, steps
-
-
-async def _until_done(future: asyncio.Future[Any]) -> None:
-    """Wait for the end of `future` whatever it is, also while being cancelled again."""
-    while not future.done():
-        try:
-            await asyncio.wait({future})
-        except asyncio.CancelledError:
-            continue
-    if not future.cancelled():
-        future.exception()
+        control = DrawingControl(on_step=stepped)
+        todo = ToDraw(request, control, begins, alone)
+        return await self._turns.draw(engine, todo, on_turn), began_at, steps
 
 
 def planned_threads(settings: Settings, variable: str | None, cores: Cores) -> ThreadPlan:
@@ -466,10 +540,7 @@ def _packed(progress: StepProgress, image: Image, encoding: ImageEncoding) -> Pr
     return Preview(progress, encode_preview(image, encoding), image.width, image.height)
 
 
-def _encoded(result: GenerationResult, encoding: ImageEncoding) -> WorkerReply:
-    report = result.report
+def _encoded(finisher: Finisher, result: GenerationResult, encoding: ImageEncoding) -> WorkerReply:
     began = time.perf_counter()
-    pictures = tuple(
-        encode(image, encoding, facts_of(report, index)) for index, image in enumerate(result.images)
-    )
+    pictures, report = finisher.finished(result, encoding)
     return WorkerReply(pictures, report, time.perf_counter() - began)

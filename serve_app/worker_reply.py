@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from zimage_engine.types import GenerationReport, StepProgress
+
+#: How many previews of a drawing are wanted: so many of the size and quality that the picture's own decoder
+#: gives, or EVERY_STEP, small and coarse ones that cost next to nothing, for a page that follows the drawing.
+PreviewsWanted = int | Literal["every step"]
+EVERY_STEP: Literal["every step"] = "every step"
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,11 @@ from zimage_engine.memory.snapshot import (
     device_status,
 )
 from zimage_engine.prompts import enhancer
+from zimage_engine.prompts.llm_writing import notice_of
 from zimage_engine.prompts.tokens import prompt_tokens, where_it_ends
 from zimage_engine.refiner import refine
+from zimage_engine.rewriting import rewritten
+from zimage_engine.sampling.company import merge_for
 from zimage_engine.sampling.control import DrawingControl
 from zimage_engine.sampling.device_failure import device_failures_named
 from zimage_engine.sampling.editing import PreparedSource, prepared
@@ -49,6 +52,8 @@ from zimage_engine.sampling.embedding_cache import EmbeddingCache
 from zimage_engine.sampling.pipeline import DrawnPicture, GuardedPipeline, PromptEmbeddings
 from zimage_engine.sampling.plan import SamplingPlan, resolve
 from zimage_engine.sampling.preview import preview
+from zimage_engine.sampling.sketch import Sketcher
+from zimage_engine.sampling.text_generation import OnText
 from zimage_engine.sampling.told import guard_notices
 from zimage_engine.second_look import drawn_and_looked_at
 from zimage_engine.types import (
@@ -67,6 +72,7 @@ from zimage_engine.types import (
     Notice,
     OnStep,
     PictureReport,
+    RewriteBudget,
     SourcePicture,
     StepProgress,
 )
@@ -120,12 +126,16 @@ class Engine:
         The pipeline comes on the host: what of it goes to `device`, and when, is the memory plan's.
         """
         self.pipeline = pipeline.to("cpu")
-        self.description: ModelDescription = describe(pipeline, family, model_id, device)
+        self.description: ModelDescription = replace(
+            describe(pipeline, family, model_id, device),
+            shares_passes=merge_for(getattr(pipeline, family.denoiser), device) is not None,
+        )
         self._max_tokens = max_tokens(pipeline, family)
         self._clock = device_clock(device)
         #: What the text encoder answered; None where nothing of that is to be kept.
         self._embeddings = EmbeddingCache(embedding_cache_bytes) if embedding_cache_bytes else None
         self._guarded = GuardedPipeline(pipeline, family, self._clock, self._embeddings)
+        self._sketcher = Sketcher()
         self._keeper = keeper_for(self.pipeline, family, device, memory or MemoryWishes())
         self._shelf = LoraShelf(self.pipeline, self._keeper.weights_change)
         folder = None if lora_folder is None else Path(lora_folder).expanduser()
@@ -133,6 +143,8 @@ class Engine:
         #: What requests that name no LoRAs are drawn with.
         self._default_loras: tuple[WantedLora, ...] = ()
         self._loras: tuple[LoraUse, ...] = ()
+        #: Whether a picture that looks wrong is drawn once more in float32, where it was drawn in less.
+        self.draws_again = True
         #: The repairs that the checkpoint needed to be loaded, by name.
         self.repairs: tuple[str, ...] = ()
         #: What the model is made of; without a digest where it did not come from files.
@@ -232,6 +244,7 @@ class Engine:
         self._shelf.put_on(wanted, pinned)
         self._shelf.put_on(wanted, keep_others=False)
         self._default_loras, self._loras = wanted, self._shelf.uses()
+        self._keeper.plan_beside(self._shelf.bytes)
         self._folder.also(loras)
         return self._loras
 
@@ -270,6 +283,18 @@ class Engine:
             raise InvalidRequest(f"a LoRA cannot be used with this model: {reason}", "loras") from error
         if changes_text and self._embeddings is not None:
             self._embeddings.clear()
+        self._keeper.plan_beside(self._shelf.bytes)
+
+    def _let_idle_loras_go(self, wanted: tuple[WantedLora, ...], plan: SamplingPlan) -> None:
+        """Those kept for later go where this picture would be drawn faster without them, or at all."""
+        if not self._shelf.idle_bytes:
+            return
+        acting_bytes = self._shelf.bytes - self._shelf.idle_bytes
+        guided = plan.guidance_scale > 1.0
+        if not self._keeper.is_as_fast_beside(plan.width_px, plan.height_px, guided, acting_bytes):
+            pinned = {each.key for each in self._default_loras}
+            self._shelf.put_on(wanted, pinned, keep_others=False)
+            self._keeper.plan_beside(self._shelf.bytes)
 
     def place(self) -> None:
         """Bring the weights to where a picture of the model's own size wants them: the first is quick then.
@@ -324,13 +349,20 @@ class Engine:
         plan = resolve(request, self.description)
         wanted = self._wanted_loras(request)
         source = None if request.image is None else prepared(request.image, plan.width_px, plan.height_px)
-        enhancement = self._enhance(plan, request.enhance and bool(plan.prompt))
+        by_model = request.enhancer == "model"
+        enhancement = self._enhance(plan, request.enhance and bool(plan.prompt) and not by_model)
         plan = plan.with_prompts(enhancement)
         reins = _Reins(control or DrawingControl(), on_step, plan)
         reins.check()
         self._put_on(wanted)
+        self._let_idle_loras_go(wanted, plan)
         room = Room(self._keeper, lambda: self._guarded.stage)
         with room.for_request(plan.width_px, plan.height_px, plan.guidance_scale > 1.0):
+            if by_model and request.enhance and plan.prompt:
+                enhancement = self._rewritten(
+                    plan.prompt, plan.negative_prompt, request.rewrite_budget, reins.check
+                )
+                plan = plan.with_prompts(enhancement)
             embeddings = room.made_for(lambda: self._guarded.encode(plan, self._max_tokens))
             self._keeper.encoded()
             pictures = [
@@ -351,12 +383,65 @@ class Engine:
         """
         return preview(self._guarded.at_work, latents)
 
+    def sketch(self, latents: torch.Tensor) -> Image | None:
+        """As `preview`, smaller, coarser and at little cost: for every step; some it may leave out."""
+        return self._sketcher.sketch(self._guarded.at_work, latents)
+
     def _enhance(self, plan: SamplingPlan, wanted: bool) -> EnhancedPrompt:
         if not wanted:
             return enhancer.unchanged(plan.prompt, plan.negative_prompt)
         return enhancer.enhance(
             plan.prompt,
             plan.negative_prompt,
+            count_tokens=None if self._tokens is None else self._tokens.count,
+            token_limit=self.description.token_limit,
+        )
+
+    @_naming_device_failures
+    def rewrite(
+        self,
+        prompt: str,
+        negative_prompt: str | None = None,
+        budget: RewriteBudget | None = None,
+        control: DrawingControl | None = None,
+        on_text: OnText | None = None,
+    ) -> EnhancedPrompt:
+        """What a request with `enhancer` "model" is drawn from: rewritten by the text encoder, or by rules.
+
+        `rewrite` of the answer tells which it was, and why. `on_text` hears what is written as it comes,
+        before it is judged. `control` cancels within one token. In the thread that draws, as `generate`;
+        pictures are the same before and after.
+        Raises GenerationCancelled or DeadlineExceeded when told to stop, DeviceFailed where the device was
+        lost.
+        """
+        reins = control or DrawingControl()
+        reins.check()
+        self._put_on(self._default_loras)
+        if self._keeper.plan is None:
+            self.place()
+        try:
+            return self._rewritten(prompt, negative_prompt, budget or RewriteBudget(), reins.check, on_text)
+        finally:
+            self.pipeline.maybe_free_model_hooks()
+            self._keeper.encoded()
+            self._keeper.after()
+
+    def _rewritten(
+        self,
+        prompt: str,
+        negative_prompt: str | None,
+        budget: RewriteBudget,
+        check: Callable[[], None],
+        on_text: OnText | None = None,
+    ) -> EnhancedPrompt:
+        return rewritten(
+            self.pipeline,
+            self._keeper.plan,
+            prompt,
+            negative_prompt,
+            budget,
+            check=check,
+            on_text=on_text,
             count_tokens=None if self._tokens is None else self._tokens.count,
             token_limit=self.description.token_limit,
         )
@@ -390,7 +475,8 @@ class Engine:
             told = (lambda *_: None) if in_float32 else reins.of_picture(index)
             return self._guarded.draw(plan, embeddings, seed, reins.check, told, in_float32, source)
 
-        drawn, looks = drawn_and_looked_at(draw, self._guarded.is_float32, self._clock)
+        is_last = self._guarded.is_float32 or not self.draws_again
+        drawn, looks = drawn_and_looked_at(draw, is_last, self._clock)
         notices = (*guard_notices(drawn.trace, plan.guidance_scale), *looks)
         for notice in notices:
             logger.warning("seed %d: %s", seed, notice.message)
@@ -442,13 +528,18 @@ class Engine:
             scheduler=type(self.pipeline.scheduler).__name__,
             seconds=time.perf_counter() - started,
             pictures=reports,
-            warnings=plan.warnings + self._naming_the_word(embeddings.warnings, plan),
+            warnings=(
+                *plan.warnings,
+                *notice_of(enhancement),
+                *self._naming_the_word(embeddings.warnings, plan),
+            ),
             memory=memory,
             loras=self._shelf.uses(),
             prompt_cache=embeddings.cache,
             edit=None if plan.edit is None else _use_of(plan.edit),
             identity=self.identity,
             drawn_with=drawn_with(model.device),
+            guidance_until=plan.guidance_until,
         )
 
 

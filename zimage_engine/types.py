@@ -60,6 +60,8 @@ class GenerationRequest:
     """What the caller asked; None means that the family's default is wanted.
 
     `width` and `height` are pixels. `guidance_scale` is the conventional w: 1 (or 0) is off.
+    `guidance_until` is the part of the way from noise to picture, 0 to 1, up to which guidance acts: steps
+    that begin further on are drawn without, in half the work. None and 1: it acts in all; 0: in the first.
     Picture i of `n` is drawn from `seed + i`, so that each can be drawn again on its own.
     `refine` strengthens fine detail of the finished picture; None means where `enhance` is on.
     With `image` that picture is drawn anew, as far as `strength` says: above 0, hardly; 1, from noise alone
@@ -83,6 +85,10 @@ class GenerationRequest:
     loras: tuple[LoraChoice, ...] | None = None
     #: Which of several models is to draw it, for whoever has several; an engine has one, and draws with it.
     model: str | None = None
+    #: Who enhances the prompt, where `enhance` is on; None: the rules. An engine knows no endpoint.
+    enhancer: Enhancer | None = None
+    rewrite_budget: RewriteBudget = field(default_factory=lambda: RewriteBudget())
+    guidance_until: float | None = None
 
 
 #: What a word of a prompt speaks of.
@@ -107,6 +113,69 @@ class PhraseChoice:
     because: str
 
 
+#: Who writes what is drawn: rules, the language model that the text encoder is, or one elsewhere.
+Enhancer = Literal["rules", "model", "endpoint"]
+#: How a language model's rewriting of a prompt ended. "used": it is drawn; else what the rules made is.
+#: From "empty" to "drift" its text was not what was asked for, the others tell that there was none.
+RewriteOutcome = Literal[
+    "used",
+    "empty",
+    "talk",
+    "loop",
+    "language",
+    "quoted",
+    "weight",
+    "number",
+    "name",
+    "negation",
+    "style",
+    "drift",
+    "too_long",
+    "unfinished",
+    "timeout",
+    "unavailable",
+    "failed",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class RewriteBudget:
+    """What a language model may take for one prompt."""
+
+    seconds: float = 20.0
+    tokens: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a language model wrote, why it stopped (done, or all taken that it may take), and its cost."""
+
+    text: str
+    ended: Literal["done", "tokens", "seconds"] = "done"
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NotWritten:
+    """Why a language model wrote nothing; `because` is a clause for a person."""
+
+    outcome: RewriteOutcome
+    because: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """How a language model's rewriting ended; `because` is a sentence, `tokens` what it wrote, if known."""
+
+    by: Enhancer
+    outcome: RewriteOutcome
+    because: str
+    seconds: float = 0.0
+    tokens: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class EnhancedPrompt:
     """What the enhancer made of a prompt.
@@ -124,6 +193,8 @@ class EnhancedPrompt:
     because: str = ""
     additions: tuple[PhraseChoice, ...] = ()
     left_out: tuple[PhraseChoice, ...] = ()
+    #: None where no language model was asked.
+    rewrite: Rewrite | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +299,8 @@ class PromptCacheUse:
 class PictureReport:
     """How one picture was made. Seconds are wall-clock; the stages are what the pipeline spent.
 
-    `refine_seconds` is 0 where the picture was not refined.
+    `refine_seconds` is 0 where the picture was not refined. `watermark` is the text that whoever packed it
+    into a file put into its pixels, "" where that was none.
     """
 
     seed: int
@@ -239,6 +311,7 @@ class PictureReport:
     warnings: tuple[Notice, ...] = ()
     refine_seconds: float = 0.0
     guard: GuardTrace = field(default_factory=GuardTrace)
+    watermark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,10 +374,12 @@ class EditUse:
 class GenerationReport:
     """What happened, whole: every value that was decided, for each picture what it took.
 
-    `guidance_scale` is the conventional w. `prompt` and `negative_prompt` are those that were drawn.
+    `guidance_scale` is the conventional w, `guidance_until` as in the request. `prompt` and `negative_prompt`
+    are those that were drawn.
     `warnings` concern the whole request; those of one picture stand in `pictures`. `prompt_cache` is None
     where encoded prompts are not kept. `dtype_because` is the model's, "" where nothing was to be chosen.
-    `edit` is None where nothing but the prompt was drawn from.
+    `edit` is None where nothing but the prompt was drawn from. `sharing` is how many drawings
+    shared each of the denoiser's forward passes on the average; the seconds were spent on all of them.
     """
 
     model: str
@@ -329,6 +404,8 @@ class GenerationReport:
     edit: EditUse | None = None
     identity: ModelIdentity = field(default_factory=ModelIdentity)
     drawn_with: DrawnWith = field(default_factory=DrawnWith)
+    guidance_until: float = 1.0
+    sharing: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values that `json.dumps` takes."""
@@ -351,6 +428,7 @@ class ModelDescription:
     of a `tokenizers` file ("" where the model has none), so that prompts can be counted elsewhere;
     `token_limit` is how many of a prompt's own tokens reach the text encoder, the chat template's off.
     `dtype_because` says why it computes in `dtype`, where that was for the program to choose, else "".
+    `shares_passes`: pictures of one size can have their steps in one forward pass.
     """
 
     id: str
@@ -367,6 +445,7 @@ class ModelDescription:
     max_side: int = 2048
     max_steps: int = 100
     dtype_because: str = ""
+    shares_passes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

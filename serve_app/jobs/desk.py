@@ -41,7 +41,7 @@ from serve_app.jobs.store import (
 )
 from serve_app.jobs.tables import GENERATIONS, StoreUnusable, open_database
 from serve_app.jobs.webhook import Target, parse_target
-from serve_app.queueing import QueueFull
+from serve_app.queueing import Outside, QueueFull
 from serve_app.replica import replica_name
 from serve_app.results import ResultStore
 from serve_app.service import ImageService, work_of
@@ -76,8 +76,10 @@ class _Waiting:
     """One who waits for the job behind an Idempotency-Key; `size` is caller, work and pictures."""
 
     key: tuple[str, str]
-    size: tuple[str, float, int] | None = None
+    size: Outside | None = None
     job: str = ""
+    #: Why it had to go for another.
+    refusal: QueueFull | None = None
 
 
 class JobDesk:
@@ -315,7 +317,12 @@ class JobDesk:
             async with asyncio.timeout(seconds) as limit:
                 job, is_new = await self._accepted(payload, asker, key, ANSWER, operation, files, waiting)
                 waiting.job = job.id
-                return await self.ended(job), is_new
+                if is_new:
+                    await self._make_room_for(waiting)
+                job = await self.ended(job)
+                if waiting.refusal is not None and job.status == "cancelled":
+                    raise waiting.refusal
+                return job, is_new
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -326,21 +333,42 @@ class JobDesk:
         finally:
             self._waiting.remove(waiting)
 
-    def _refusal_of(self, waiting: _Waiting) -> Exception | None:
-        """What the queue would refuse one with who waits for a job; those who wait already come first."""
-        ahead = {
-            each.key: each.size
+    def _ahead_of(self, waiting: _Waiting) -> dict[tuple[str, str], _Waiting]:
+        """Who else waits here for a job that is not in the queue yet, one for each key."""
+        return {
+            each.key: each
             for each in self._waiting
             if each.key != waiting.key
             and each.size is not None
             and not (self._runner is not None and self._runner.holds(each.job))
         }
+
+    def _refusal_of(self, waiting: _Waiting) -> Exception | None:
+        """What the queue would refuse one with who waits for a job; those who wait already come first."""
         assert waiting.size is not None
+        ahead = [each.size for each in self._ahead_of(waiting).values() if each.size is not None]
         try:
-            self._service.check_room(*waiting.size, tuple(ahead.values()))
+            self._service.check_room(*waiting.size, ahead)
         except (QueueFull, InvalidRequest) as refusal:
             return refusal
         return None
+
+    async def _make_room_for(self, waiting: _Waiting) -> None:
+        """In a full queue who has most loses the youngest request, whether it is in the queue yet or not."""
+        assert waiting.size is not None
+        caller, work, _ = waiting.size
+        ahead = list(self._ahead_of(waiting).values())
+        sizes = [each.size for each in ahead if each.size is not None]
+        store = await self._opened()
+        for number, refusal in self._service.make_room(caller, work, sizes):
+            going = ahead[number]
+            if not going.job:
+                continue  # it is being accepted in this moment: one more than may waits for once
+            for each in self._waiting:
+                if each.key == going.key:
+                    each.refusal = refusal
+            await self._asked(store.cancel_waiting, going.job)
+            self._has_changed()
 
     async def _accepted(
         self,
@@ -362,14 +390,18 @@ class JobDesk:
                 "events at its address.",
                 "stream",
             )
-        description = await self._service.description_for(wire.model)
+        named = operations.OPERATIONS[operation].model_of(wire, self._service.listed_name)
+        wire = wire.model_copy(update={"model": named})
+        description = await self._service.description_for(named)
         asked = await operations.request_of(
             operation, wire, files, description, self._service.live.default_enhance
         )
+        asked = await operations.with_loras_left(operation, asked, self._service.loras_there)
         asked = await self._service.with_loras_that_are_there(asked)
+        self._service.enhancer_for(asked.enhancer)
         plan = resolve(asked, description)
         # Whoever draws it, and whatever the defaults are then: it is the same picture.
-        fixed: dict[str, Any] = {"seed": plan.seeds[0], "enhance": asked.enhance}
+        fixed: dict[str, Any] = {"seed": plan.seeds[0], "enhance": asked.enhance and (asked.enhancer or True)}
         if description.id in self._service.names_of_models:
             fixed["model"] = description.id
         if asked.num_inference_steps is None:

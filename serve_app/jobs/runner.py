@@ -249,18 +249,19 @@ class JobRunner:
         self._changed()
 
     async def _drawn(self, job: Job) -> dict[str, Any]:
-        """What `ImagesResponse` says, with the id of each kept file as its url."""
+        """What `ImagesResponse` says, with the id of each kept file as its url, and what else is told."""
         wire = operations.wire_of(job.operation, json.loads(job.request))
         files: operations.Files = {}
         if job.operation != GENERATIONS:
             files = await self._in_thread(self._store.files_of, job.id)
-            if not files:
+            if not files and operations.OPERATIONS[job.operation].needs_files:
                 if await self._in_thread(self._store.still_mine, [Seen(job.id, job.attempt)]):
                     raise RuntimeError(f"the files that job {job.id} is drawn from are not there")
                 # They go with the end of a job: it was cancelled in this moment, and the store knows.
                 raise asyncio.CancelledError
         description = await self._service.description_for(wire.model)
         asked = await operations.request_of(job.operation, wire, files, description)
+        asked = await operations.with_loras_left(job.operation, asked, self._service.loras_there)
         encoding = schema.to_encoding(wire)
 
         def stepped(progress: StepProgress) -> None:
@@ -273,6 +274,7 @@ class JobRunner:
             self._held[job.id, job.attempt] = (replace(seen, step=step, steps=steps), task)
 
         reply = await self._service.generate(asked, encoding, stepped, asked_by=job.asked_by)
+        told = await operations.told_of(job.operation, wire, files, reply.pictures[0])
         kept: list[str] = []
         try:
             for picture in reply.pictures:
@@ -282,7 +284,7 @@ class JobRunner:
                 await self._results.remove(id)
             raise
         links = [KeptFile(id, expires_at(id)) for id in kept]
-        return schema.to_response(
+        return told | schema.to_response(
             wire,
             encoding,
             reply.pictures,

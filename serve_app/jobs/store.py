@@ -395,6 +395,12 @@ class JobStore:
             self._end(connection, id, waiting, "cancelled")
             return self._get(connection, id)
 
+    def cancel_waiting(self, id: str) -> bool:
+        """Cancel what stands behind a key and nobody draws yet; False where somebody does, or it is a job."""
+        with self._writing() as connection:
+            waits = (jobs.c.status == "queued") & (jobs.c.kind == ANSWER)
+            return self._end(connection, id, waits, "cancelled")
+
     # --- whoever draws -----------------------------------------------------------------------------------
 
     def claim(

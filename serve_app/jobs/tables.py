@@ -5,10 +5,6 @@ Knows nothing of what a job goes through; that is the store's.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Any
-
 from sqlalchemy import (
     URL,
     BigInteger,
@@ -22,19 +18,15 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
-    create_engine,
-    event,
     inspect,
-    make_url,
     select,
     text,
 )
-from sqlalchemy.exc import ArgumentError
+
+from serve_app.database import StoreUnusable, connect
 
 #: Raised by one whenever a table changes; a database of another version is not touched.
 VERSION = 2
-#: How long one who writes waits for another who does.
-BUSY_SECONDS = 20
 #: PostgreSQL's advisory lock under which the tables are made; any number that is ours alone.
 _MAKING_TABLES = 7_860_001
 
@@ -126,59 +118,14 @@ deliveries = Table(
 )
 
 
-class StoreUnusable(Exception):
-    """The database of jobs cannot be used; the message says why and what to do."""
-
-
 def open_database(url: str | URL) -> Engine:
     """An engine on `url` with every table there. Raises StoreUnusable, or what SQLAlchemy raises."""
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        raise StoreUnusable(
-            "jobs_url must be an address such as postgresql://user:password@host/database"
-        ) from None
-    if parsed.drivername in ("postgres", "postgresql"):
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    if parsed.get_backend_name() == "sqlite":
-        engine = _sqlite(Path(str(parsed.database)))
-    else:
-        try:
-            engine = create_engine(
-                parsed, pool_pre_ping=True, pool_size=5, connect_args={"connect_timeout": 10}
-            )
-        except ModuleNotFoundError:
-            raise StoreUnusable(
-                "jobs_url names PostgreSQL, and its driver is not installed: "
-                "pip install 'zimage-turbo[postgres]'"
-            ) from None
+    engine = connect(url)
     try:
         _make_tables(engine)
     except BaseException:
         engine.dispose()
         raise
-    return engine
-
-
-def _sqlite(file: Path) -> Engine:
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Prompts and webhooks' secrets are nobody else's; the files beside it get the same mode.
-    os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
-    url = URL.create("sqlite", database=str(file))
-    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
-
-    @event.listens_for(engine, "connect")
-    def prepare(connection: Any, _record: Any) -> None:
-        # Python would begin transactions late, and a reader that begins to write fails at once.
-        connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}").close()
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Any) -> None:
-        writes = connection.get_execution_options().get("writes")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
     return engine
 
 

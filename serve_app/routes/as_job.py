@@ -20,10 +20,11 @@ from serve_app import openai_schema as schema
 from serve_app.error_mapping import RequestRefused
 from serve_app.jobs.desk import Asker, JobDesk
 from serve_app.jobs.idempotency import parse_key
-from serve_app.jobs.operations import Files
+from serve_app.jobs.operations import REPRODUCTIONS, Files
 from serve_app.jobs.store import JOB, Job
 from serve_app.jobs.tables import GENERATIONS
 from serve_app.keys import ADMIN
+from serve_app.reproduction_schema import ReproductionResponse
 from serve_app.results import ResultExpired
 from serve_app.routes.answers import asked_by
 from serve_app.routes.files import link_to, results_of
@@ -33,6 +34,33 @@ _EXPIRED = "result_expired"
 
 JOBS_PATH = "/v1/images/jobs"
 KEY_HEADER = "idempotency-key"
+
+
+#: The field `webhook` of a body in JSON.
+WEBHOOK_IN_DOCS: dict[str, Any] = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"url": {"type": "string"}, "secret": {"type": ["string", "null"]}},
+            "required": ["url"],
+            "additionalProperties": False,
+        },
+        {"type": "null"},
+    ],
+    "default": None,
+    "description": "Where the end of the job is told by POST: url, and a secret (whsec_ and base64) to "
+    "sign with, as Standard Webhooks has it.",
+}
+#: The same where a plain answer is possible too.
+WEBHOOK_OF_JOB_IN_DOCS: dict[str, Any] = WEBHOOK_IN_DOCS | {
+    "description": f"With the header Prefer: respond-async alone. {WEBHOOK_IN_DOCS['description']}"
+}
+#: The same in a form, where all is text.
+WEBHOOK_OF_FORM_IN_DOCS: dict[str, Any] = {
+    "type": "string",
+    "description": "With the header Prefer: respond-async alone. Where the end of the job is told by POST, "
+    'as JSON: {"url": "https://example.org/done", "secret": "whsec_..."}; the secret may be left out.',
+}
 
 
 class JobError(schema.ErrorBody):
@@ -63,7 +91,7 @@ class ImageJob(BaseModel):
     of: int | None = None
     webhook: JobWebhook | None = None
     error: JobError | None = None
-    result: schema.ImagesResponse | None = None
+    result: schema.ImagesResponse | ReproductionResponse | None = None
 
 
 class ImageJobList(BaseModel):
@@ -88,23 +116,21 @@ def asker_of(request: Request) -> Asker:
 
 def is_wanted(headers: Headers) -> bool:
     """Whether a request for pictures is to be kept."""
-    return KEY_HEADER in headers or _is_async(headers)
+    return KEY_HEADER in headers or is_async(headers)
 
 
-def _is_async(headers: Headers) -> bool:
+def is_async(headers: Headers) -> bool:
+    """Whether a job is wanted, to be asked for later."""
     preferred = (each.partition(";")[0].strip().lower() for each in headers.get("prefer", "").split(","))
     return "respond-async" in preferred
 
 
-def refuse_key(headers: Headers) -> None:
-    """For a route that cannot keep its requests: who sends a key relies on it. Raises RequestRefused."""
-    if KEY_HEADER in headers:
-        raise RequestRefused(
-            "Idempotency-Key is taken by POST /v1/images/generations, /edits, /variations and /jobs; leave "
-            "it out here.",
-            "Idempotency-Key",
-            "unsupported_value",
-        )
+def webhook_in(text: str) -> Any:
+    """The field `webhook` of a form; what is no JSON stays text, and is refused as that."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 async def answer(
@@ -120,7 +146,7 @@ async def answer(
     """
     desk, asker = desk_of(request), asker_of(request)
     key = parse_key(request.headers.getlist(KEY_HEADER))
-    if always_async or _is_async(request.headers):
+    if always_async or is_async(request.headers):
         job, is_new = await desk.accept(payload, asker, key, JOB, operation, files)
         headers = {"Location": f"{JOBS_PATH}/{job.id}", **_replayed(is_new)}
         if not always_async:
@@ -198,7 +224,10 @@ def _body_of(job: Job, place: tuple[int, float | None] | None) -> dict[str, Any]
 
 
 async def result_of(request: Request, job: Job) -> dict[str, Any]:
-    """The body of `ImagesResponse`, with the pictures as they were asked for. Raises RequestRefused (410)."""
+    """What a plain request would be answered with, the pictures as they were asked for.
+
+    Raises RequestRefused (410).
+    """
     assert job.result is not None
     result: dict[str, Any] = json.loads(job.result)
     as_links = json.loads(job.request).get("response_format") == "url"
@@ -221,4 +250,6 @@ async def result_of(request: Request, job: Job) -> dict[str, Any]:
         else:
             del picture["url"], picture["expires_at"]
             picture["b64_json"] = base64.b64encode(file.data).decode("ascii")
+    if job.operation == REPRODUCTIONS:
+        return {**result["reproduction"], "b64_json": result["data"][0]["b64_json"]}
     return result

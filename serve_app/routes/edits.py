@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from serve_app import edit_schema, picture_input
 from serve_app import openai_schema as schema
 from serve_app.jobs.operations import EDITS, IMAGE, MASK, VARIATIONS
-from serve_app.multipart import read_form
+from serve_app.multipart import Form, read_form
 from serve_app.routes import as_job
 from serve_app.routes.answers import AnsweringRoute, asked_by, service_of
 from serve_app.routes.images import drawn
@@ -79,6 +79,7 @@ def _answers_of_edit() -> dict[int | str, dict[str, Any]]:
 
 
 def _body(described: dict[str, Any]) -> dict[str, Any]:
+    described["properties"]["webhook"] = as_job.WEBHOOK_OF_FORM_IN_DOCS
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": described}}}}
 
 
@@ -92,7 +93,7 @@ def _body(described: dict[str, Any]) -> dict[str, Any]:
 async def edit(request: Request) -> Response:
     """The form is read here and not by FastAPI, whose messages are not made for callers."""
     if as_job.is_wanted(request.headers):
-        return await _kept(request, EDITS, edit_schema.parse_edit(await read_form(request)))
+        return await _kept(request, EDITS, edit_schema.parse_edit)
     service = service_of(request)
     with service.failures_counted():
         upload = edit_schema.parse_edit(await read_form(request))
@@ -115,7 +116,7 @@ async def edit(request: Request) -> Response:
 async def vary(request: Request) -> Response:
     """As an edit without a prompt and without a mask."""
     if as_job.is_wanted(request.headers):
-        return await _kept(request, VARIATIONS, edit_schema.parse_variation(await read_form(request)))
+        return await _kept(request, VARIATIONS, edit_schema.parse_variation)
     service = service_of(request)
     with service.failures_counted():
         upload = edit_schema.parse_variation(await read_form(request))
@@ -125,10 +126,17 @@ async def vary(request: Request) -> Response:
     return await drawn(request, upload.wire, asked)
 
 
-async def _kept(request: Request, operation: str, upload: edit_schema.Upload) -> JSONResponse:
+async def _kept(
+    request: Request, operation: str, parse: Callable[[Form], edit_schema.Upload]
+) -> JSONResponse:
     """As a job, with the files as they came until it has ended."""
+    form = await read_form(request)
+    webhook = form.texts.pop("webhook", None) if as_job.is_async(request.headers) else None
+    upload = parse(form)
     files = {IMAGE: upload.image} | ({} if upload.mask is None else {MASK: upload.mask})
     payload = upload.wire.model_dump(exclude_unset=True)
+    if webhook is not None:
+        payload["webhook"] = as_job.webhook_in(webhook)
     return await as_job.answer(request, payload, operation=operation, files=files)
 
 

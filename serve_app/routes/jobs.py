@@ -14,6 +14,7 @@ from serve_app.jobs.store import Status
 from serve_app.routes.answers import AnsweringRoute
 from serve_app.routes.as_job import (
     JOBS_PATH,
+    WEBHOOK_IN_DOCS,
     ImageJob,
     ImageJobList,
     answer,
@@ -49,20 +50,7 @@ def _schema_of_body() -> dict[str, Any]:
         "default": None,
         "description": "A job has no previews.",
     }
-    body["properties"]["webhook"] = {
-        "anyOf": [
-            {
-                "type": "object",
-                "properties": {"url": {"type": "string"}, "secret": {"type": ["string", "null"]}},
-                "required": ["url"],
-                "additionalProperties": False,
-            },
-            {"type": "null"},
-        ],
-        "default": None,
-        "description": "Where the end of the job is told by POST: url, and a secret (whsec_ and base64) to "
-        "sign with, as Standard Webhooks has it.",
-    }
+    body["properties"]["webhook"] = WEBHOOK_IN_DOCS
     return body
 
 

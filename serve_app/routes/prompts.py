@@ -6,17 +6,19 @@ They wait for no worker: the enhancer needs no more than the model's description
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from serve_app import openai_schema as schema
 from serve_app import prompt_schema as prompts
 from serve_app.error_mapping import ModelNotReady
-from serve_app.routes.answers import AnsweringRoute, service_of
+from serve_app.routes.answers import AnsweringRoute, asked_by, service_of
 from serve_app.routes.images import check_json_headers
 from serve_app.service import ImageService
+from serve_app.streaming import ErrorEvent, EventStream, Tell, event, stream_in_docs
 from zimage_engine.types import ModelDescription
 
 router = APIRouter(tags=["prompts"], route_class=AnsweringRoute)
@@ -47,11 +49,34 @@ _REFUSED: dict[str, Any] = {
 }
 
 
+_DELTA, _COMPLETED = "prompt_enhancement.delta", "prompt_enhancement.completed"
+_EXAMPLE_DELTA = {"type": _DELTA, "delta": " in warm evening light"}
+_STREAM = stream_in_docs(
+    (
+        (prompts.EnhanceDeltaEvent, _EXAMPLE_DELTA),
+        (prompts.EnhanceCompletedEvent, None),
+        (ErrorEvent, None),
+    ),
+    (event(_EXAMPLE_DELTA),),
+)
+
+
 @router.post(
     "/v1/prompts/enhance",
+    response_model=None,
     summary="What would be drawn from a prompt, and why each phrase is added or left out",
     responses={
+        200: {
+            "model": prompts.EnhanceResponse,
+            "description": "Prompts and why; with stream true, server-sent events with that in the last.",
+            "content": {"text/event-stream": _STREAM},
+        },
         400: _REFUSED,
+        429: {
+            "model": schema.ErrorResponse,
+            "description": "For the enhancer `model`: too many requests wait already, or the caller has had "
+            "what one caller may.",
+        },
         503: {
             "model": schema.ErrorResponse,
             "description": "No worker has told of its model yet.",
@@ -62,8 +87,12 @@ _REFUSED: dict[str, Any] = {
         {"prompt": "a minimalist poster of a fox, flat colors", "negative_prompt": "text"},
     ),
 )
-async def enhance(request: Request) -> prompts.EnhanceResponse:
-    """As a picture's request would be enhanced at this moment; that tells it as `revised_prompt`."""
+async def enhance(request: Request) -> prompts.EnhanceResponse | Response:
+    """As a picture's request would be enhanced at this moment; that tells it as `revised_prompt`.
+
+    Rules answer at once. A language model takes seconds, and the one that is the text encoder its turn among
+    the pictures.
+    """
     service = service_of(request)
     check_json_headers(request)
     wire = prompts.parse_enhance(schema.read_json(await request.body()))
@@ -71,10 +100,26 @@ async def enhance(request: Request) -> prompts.EnhanceResponse:
     if description is None:
         raise ModelNotReady((await service.readiness()).reason)
     by_default = service.live.default_enhance
-    # Off the event loop: the longest prompts take as long as a step of a small picture.
-    return await asyncio.to_thread(
-        prompts.enhanced, wire, by_default, service.tokens, description.token_limit
-    )
+    enhancer = service.enhancer_for(wire.enhance if isinstance(wire.enhance, str) else None)
+    line = asked_by(request.scope)
+
+    async def made(on_text: Callable[[str], None] | None = None) -> prompts.EnhanceResponse:
+        limit = description.token_limit
+        if enhancer == "rules" or not prompts.is_wanted(wire, by_default):
+            # Off the event loop: the longest prompts take as long as a step of a small picture.
+            return await asyncio.to_thread(prompts.enhanced, wire, by_default, service.tokens, limit)
+        both = prompts.prompts_of(wire)
+        written = await service.enhanced(*both, enhancer, description, line, on_text)
+        return await asyncio.to_thread(prompts.to_response, written, True, service.tokens, limit)
+
+    if not wire.stream:
+        return await made()
+
+    async def written(tell: Tell) -> bytes:
+        answer = await made(lambda text: tell(event({"type": _DELTA, "delta": text})))
+        return event({"type": _COMPLETED, **answer.model_dump()})
+
+    return EventStream(written, lambda: service.rate_headers(line))
 
 
 @router.post(

@@ -9,12 +9,23 @@ from fastapi import APIRouter, Request
 from starlette.routing import Match, Route
 
 from serve_app.error_mapping import RequestRefused
-from serve_app.routes import edits, files, images, jobs, loras, models, prompts, reproduce
+from serve_app.routes import (
+    edits,
+    files,
+    history,
+    images,
+    jobs,
+    loras,
+    models,
+    parameters,
+    prompts,
+    reproduce,
+)
 from serve_app.routes.answers import AnsweringRoute
 
 router = APIRouter(include_in_schema=False, route_class=AnsweringRoute)
 
-_WITH_PATHS = (edits, files, images, jobs, loras, models, prompts, reproduce)
+_WITH_PATHS = (edits, files, history, images, jobs, loras, models, parameters, prompts, reproduce)
 _EVERY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 

@@ -6,26 +6,35 @@ Knows nothing of Gradio or HTML; `page` shows the moments, `markup` words them.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serve_app.image_codec import ImageEncoding
 from serve_app.logs import context_of_request
 from serve_app.ui.sizes import read_size
 from serve_app.ui.texts import Language, refusal_in_chinese, say
+from serve_app.worker_reply import EVERY_STEP, Preview
 from zimage_engine.types import GenerationReport, GenerationRequest, ModelDescription, StepProgress
 
 if TYPE_CHECKING:
+    from serve_app.openai_schema import ImageGenerationRequest
     from serve_app.service import ImageService
 
+#: The fields of a request that the page's scripts hold.
+MORE = ("n", "loras", "model")
 #: How often a request that waits for the model looks whether it is there.
 READY_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The controls as they stand. `size` and `seed` are as typed; "" is the model's size, a new seed."""
+    """The controls as they stand. `size` and `seed` are as typed; "" is the model's size, a new seed.
+
+    `more` is what the page's scripts hold: a JSON object with the fields `n`, `loras` and `model` of
+    POST /v1/images/generations; "" is none of them.
+    """
 
     prompt: str
     negative_prompt: str
@@ -36,6 +45,7 @@ class Asked:
     guidance_scale: float
     seed: str
     language: Language
+    more: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +67,18 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """The picture, as the worker encoded it, and how it was made."""
+class Stepped:
+    """A step has ended. `seconds_left` until the last one, None while nobody can know."""
 
-    png: bytes = field(repr=False)
+    progress: StepProgress
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The pictures, as the worker encoded them, and how they were made."""
+
+    pictures: tuple[bytes, ...] = field(repr=False)
     report: GenerationReport
 
 
@@ -72,7 +90,7 @@ class Refused:
     theirs: bool
 
 
-Moment = WaitingForModel | Waiting | Started | StepProgress | Drawn | Refused
+Moment = WaitingForModel | Waiting | Started | Stepped | Preview | Drawn | Refused
 
 
 class ControlUnreadable(ValueError):
@@ -84,7 +102,8 @@ async def draw(
 ) -> AsyncGenerator[Moment, None]:
     """Draw one picture; yields its moments in order and ends with exactly one `Drawn` or `Refused`.
 
-    `asked_by` has one line in the queue, whatever pages it opens. The log tells `request_id`.
+    `asked_by` has one line in the queue, whatever pages it opens. The log tells `request_id`. Who listens
+    slowly hears of the newest preview alone.
     Whoever stops listening early cancels the request.
     """
     try:
@@ -94,36 +113,68 @@ async def draw(
             description = await _until_ready(service)
         request = request_from(asked, description)
         yield Started()
-        steps: asyncio.Queue[StepProgress | Waiting | None] = asyncio.Queue()
+        told: asyncio.Queue[Stepped | Preview | Waiting | None] = asyncio.Queue()
+        pace = _Pace()
+        newest: Preview | None = None
+
+        def previewed(preview: Preview) -> None:
+            nonlocal newest
+            newest = preview
+            told.put_nowait(preview)
+
         drawing = asyncio.create_task(
             service.generate(
                 request,
                 ImageEncoding("png"),
-                steps.put_nowait,
+                lambda progress: told.put_nowait(Stepped(progress, pace.seconds_left(progress))),
+                previewed,
+                EVERY_STEP,
                 asked_by=asked_by,
-                on_place=lambda place: steps.put_nowait(Waiting(place.position, place.seconds)),
+                on_place=lambda place: told.put_nowait(Waiting(place.position, place.seconds)),
             ),
             context=context_of_request(request_id),
         )
-        drawing.add_done_callback(lambda _: steps.put_nowait(None))
+        drawing.add_done_callback(lambda _: told.put_nowait(None))
         try:
-            while (progress := await steps.get()) is not None:
-                yield progress
+            while (moment := await told.get()) is not None:
+                if not isinstance(moment, Preview) or moment is newest:
+                    yield moment
             reply = await drawing
         finally:
             drawing.cancel()
-        yield Drawn(reply.pictures[0], reply.report)
+        yield Drawn(tuple(reply.pictures), reply.report)
     except ControlUnreadable as error:
         yield Refused((str(error),), theirs=True)
     except Exception as error:
         yield refused(error, asked.language)
 
 
+class _Pace:
+    """How long a drawing still takes, by the steps that it has made."""
+
+    def __init__(self) -> None:
+        self._first_at: float | None = None
+        self._first_step = 0
+
+    def seconds_left(self, progress: StepProgress) -> float | None:
+        """Until the last step of the last picture; None after the first step that is told."""
+        now = time.monotonic()
+        step = (progress.picture - 1) * progress.steps + progress.step
+        if self._first_at is None or step <= self._first_step:
+            self._first_at, self._first_step = now, step
+            return None
+        seconds_a_step = (now - self._first_at) / (step - self._first_step)
+        return seconds_a_step * (progress.pictures * progress.steps - step)
+
+
 def request_from(asked: Asked, description: ModelDescription) -> GenerationRequest:
     """The controls as a request; raises ControlUnreadable where one cannot be read."""
     if not asked.prompt.strip():
         raise ControlUnreadable(say("prompt_empty", asked.language))
+    from serve_app.openai_schema import to_choices  # imports Ray, which only a running server needs
+
     width, height = _size(asked, description)
+    more = _more(asked)
     return GenerationRequest(
         prompt=asked.prompt.strip(),
         negative_prompt=asked.negative_prompt.strip() or None,
@@ -134,7 +185,38 @@ def request_from(asked: Asked, description: ModelDescription) -> GenerationReque
         seed=_seed(asked),
         enhance=asked.enhance,
         refine=asked.enhance and asked.refine,
+        n=more.n or 1,
+        loras=to_choices(more),
+        model=more.model,
     )
+
+
+def parameters_of(asked: Asked, report: GenerationReport, seed: int) -> dict[str, Any]:
+    """The fields of POST /v1/images/generations that draw one picture of the report again, as asked for."""
+    from serve_app.openai_schema import to_choices
+
+    loras = to_choices(_more(asked))
+    fields = {
+        "prompt": asked.prompt.strip(),
+        "negative_prompt": asked.negative_prompt.strip() or None,
+        "size": f"{report.width}x{report.height}",
+        "num_inference_steps": report.num_inference_steps,
+        "guidance_scale": report.guidance_scale,
+        "seed": seed,
+        "enhance": asked.enhance,
+        "refine": asked.enhance and asked.refine,
+        "loras": None if loras is None else [{"name": each.name, "weight": each.weight} for each in loras],
+        "model": _more(asked).model,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _more(asked: Asked) -> ImageGenerationRequest:
+    """What the page's scripts hold, checked as a request's fields are; raises RequestRefused."""
+    from serve_app.openai_schema import parse, read_json
+
+    fields = read_json(asked.more.encode()) if asked.more else {}
+    return parse({"prompt": "-", **{name: fields.get(name) for name in MORE}})
 
 
 def _size(asked: Asked, description: ModelDescription) -> tuple[int | None, int | None]:

@@ -5,21 +5,26 @@ Everything that came from a person or a model is escaped here, and nowhere else.
 
 from __future__ import annotations
 
+import base64
 import html
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from serve_app.ui.texts import Language, notice_sentence, say
+from serve_app.ui.texts import MESSAGES, Language, notice_sentence, say
 from zimage_engine.types import (
     DeviceStatus,
     GenerationReport,
-    ModelDescription,
+    GuardTrip,
     Notice,
-    StepProgress,
+    PictureReport,
 )
 
 if TYPE_CHECKING:
-    from serve_app.ui.drawing import Waiting
+    from serve_app.ui.drawing import Stepped, Waiting
+    from serve_app.worker_reply import Preview
 
 #: Graphics cards are sold by "12 GB" and hold 12 * 2**30 bytes.
 _BYTES_PER_GB = 2**30
@@ -42,28 +47,9 @@ def status_text(status: DeviceStatus) -> str:
     return " | ".join(parts)
 
 
-def badge_of_defaults(description: ModelDescription) -> str:
-    return _badge(
-        badge_text(description.default_steps, description.default_guidance_scale, description.dtype)
-    )
-
-
-def badge_of_report(report: GenerationReport) -> str:
-    return _badge(badge_text(report.num_inference_steps, report.guidance_scale, report.dtype))
-
-
-def status_line(status: DeviceStatus, model: str) -> str:
-    """The device, with the model's name, the device's own and the plan's reason on hovering."""
-    hint = escape(" · ".join(part for part in (model, status.name, status.plan_because) if part))
-    return f'<span class="status ready" title="{hint}">{escape(status_text(status))}</span>'
-
-
-def status_loading(language: Language) -> str:
-    return f'<span class="status loading">{say("model_loading", language)}</span>'
-
-
-def status_unknown(language: Language) -> str:
-    return f'<span class="status unknown">{say("device_unknown", language)}</span>'
+def status_hint(status: DeviceStatus, model: str) -> str:
+    """The model's name, the device's own and the plan's reason, for whoever hovers over the line."""
+    return " · ".join(part for part in (model, status.name, status.plan_because) if part)
 
 
 def progress_bar(text: str, share_done: float) -> str:
@@ -87,17 +73,29 @@ def progress_queued(place: Waiting, language: Language) -> str:
     return progress_bar(say(key, language, position=place.position, seconds=place.seconds), 0.0)
 
 
-def progress_step(progress: StepProgress, language: Language) -> str:
+def progress_step(moment: Stepped, language: Language) -> str:
     """The bar after a step: the first half of the steps sets the outline, the second the detail."""
-    step, steps = progress.step, progress.steps
+    step, steps = moment.progress.step, moment.progress.steps
     if step >= steps:
         return progress_bar(say("finishing", language), 1.0)
-    half = "outline" if step <= steps / 2 else "detail"
-    return progress_bar(say(half, language, step=step, steps=steps), step / steps)
+    text = say("outline" if step <= steps / 2 else "detail", language, step=step, steps=steps)
+    if moment.seconds_left is not None:
+        text = say("time_left", language, text=text, seconds=max(1, math.ceil(moment.seconds_left)))
+    return progress_bar(text, step / steps)
 
 
-def loading_box(language: Language) -> str:
-    return _box("calm", say("model_loading", language), [say("model_loading_hint", language)])
+def forming(preview: Preview) -> str:
+    """What the picture looks like so far. No words: the bar tells how far it is."""
+    data = base64.b64encode(preview.file).decode("ascii")
+    return (
+        f'<img class="forming" alt="" decoding="sync" width="{preview.width}" height="{preview.height}" '
+        f'src="data:image/jpeg;base64,{data}">'
+    )
+
+
+def stopped_line(language: Language) -> str:
+    """In place of the bar, for a while: the style sheet lets it go."""
+    return f'<p class="stopped" role="status">{escape(say("stopped", language))}</p>'
 
 
 def refusal_box(sentences: Iterable[str], theirs: bool, language: Language) -> str:
@@ -106,16 +104,86 @@ def refusal_box(sentences: Iterable[str], theirs: bool, language: Language) -> s
     return _box("change" if theirs else "trouble", title, sentences)
 
 
-def notices_box(notices: Iterable[Notice], language: Language) -> str:
-    """What is good to know about a picture that was drawn; "" where there is nothing."""
+def notices_box(notices: Iterable[Notice], language: Language, trace: Sequence[str] = ()) -> str:
+    """What is good to know about a picture that was drawn; "" where there is nothing.
+
+    `trace` are the sentences of `guard_trace`, shown behind a fold.
+    """
     sentences = [notice_sentence(notice, language) for notice in notices]
-    return _box("calm", say("notice", language), sentences) if sentences else ""
+    if not sentences and not trace:
+        return ""
+    rows = "".join(f"<li>{escape(sentence)}</li>" for sentence in trace)
+    fold = f"<details><summary>{say('guard_title', language)}</summary><ul>{rows}</ul></details>"
+    return _box("calm", say("notice", language), sentences, fold if trace else "")
 
 
-def facts(report: GenerationReport, language: Language) -> str:
-    """Seed, size and seconds of the picture, and the LoRAs that were in force."""
+def guard_trace(pictures: Sequence[PictureReport], language: Language) -> list[str]:
+    """What the guard found and tried, a sentence a finding; of several pictures with its number."""
+    told = []
+    for number, picture in enumerate(pictures, start=1):
+        for trip in picture.guard.trips:
+            sentence = _trip(trip, language)
+            if len(pictures) > 1:
+                sentence = say("guard_picture", language, number=number, trip=sentence)
+            told.append(sentence[:1].upper() + sentence[1:])
+    return told
+
+
+#: A finding of another name, such as a code of the look at the finished picture, is told as `guard_wrong`.
+_FINDINGS = {"nan": "guard_nan", "inf": "guard_inf", "out of range": "guard_large"}
+
+
+def _trip(trip: GuardTrip, language: Language) -> str:
+    attempts = [
+        say(f"guard_{attempt.outcome}", language, rung=_guard_word(attempt.rung, language))
+        for attempt in trip.attempts
+        if attempt.outcome != "skipped"
+    ]
+    stage = "finished" if trip.stage == "picture" else trip.stage
+    sentence = say(
+        "guard_trip",
+        language,
+        stage=_guard_word(stage, language),
+        finding=say(_FINDINGS.get(trip.finding, "guard_wrong"), language),
+        attempts=("、" if language == "zh" else ", ").join(attempts),
+    )
+    return sentence if trip.step is None else say("guard_step", language, step=trip.step, trip=sentence)
+
+
+def _guard_word(code: str, language: Language) -> str:
+    """The words for a stage or a measure; of one that is new here its own name."""
+    return say(f"guard_{code}", language) if f"guard_{code}" in MESSAGES else code.replace("_", " ")
+
+
+@dataclass(frozen=True, slots=True)
+class SeveralPicture:
+    """One of several pictures: where the browser finds its file, and its seed."""
+
+    address: str
+    seed: int
+
+
+def several_pictures(pictures: Sequence[SeveralPicture], prompt: str, language: Language) -> str:
+    """The pictures of one drawing side by side, each with its seed, to be shown large or saved on its own."""
+    figures = "".join(
+        f'<figure><button type="button" class="larger" title="{say("larger", language)}">'
+        f'<img src="{escape(each.address)}" alt="{escape(prompt)}" loading="eager"></button>'
+        f'<figcaption><span class="seed-of">{say("used_seed", language)} <b>{each.seed}</b></span>'
+        f'<button type="button" class="use-seed" data-seed="{each.seed}">{say("use_seed", language)}</button>'
+        f'<a href="{escape(each.address)}" download="zimage-{each.seed}.png">'
+        f"{say('download_one', language)}</a></figcaption></figure>"
+        for each in pictures
+    )
+    return f'<div class="pictures" data-count="{len(pictures)}">{figures}</div>'
+
+
+def facts(report: GenerationReport, language: Language, told: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Seed, size and seconds of the picture, and the LoRAs that were in force.
+
+    `told` is for the page's scripts: for each picture its id in the history and its parameters.
+    """
     rows = {
-        "used_seed": str(report.pictures[0].seed),
+        "used_seed": ", ".join(str(made.seed) for made in report.pictures),
         "used_size": f"{report.width} × {report.height}",
         "used_time": say("seconds", language, seconds=report.seconds),
     }
@@ -125,15 +193,21 @@ def facts(report: GenerationReport, language: Language) -> str:
         f'<div><dt>{say(key, language)}</dt><dd class="{key}">{escape(value)}</dd></div>'
         for key, value in rows.items()
     )
-    return f'<dl class="facts">{"".join(cells)}</dl>'
+    drawn = f' data-drawn="{escape(json.dumps(told, ensure_ascii=False))}"' if told else ""
+    return f'<dl class="facts"{drawn}>{"".join(cells)}</dl>'
 
 
 def enhancement(report: GenerationReport, language: Language) -> str:
     """What the enhancer put in and kept out, and behind a fold the whole prompts that were drawn."""
     added = report.enhancement
+    is_rewritten = added.rewrite is not None and added.rewrite.outcome == "used"
     parts = [
         _phrases(key, phrases, language)
-        for key, phrases in (("added", added.added), ("added_negative", added.added_negative))
+        for key, phrases in (
+            ("rewritten", (report.prompt,) if is_rewritten else ()),
+            ("added", added.added),
+            ("added_negative", added.added_negative),
+        )
         if phrases
     ] or [f'<p class="as-written">{say("nothing_added", language)}</p>']
     wholes = (("drawn_prompt", report.prompt), ("drawn_negative", report.negative_prompt))
@@ -156,10 +230,10 @@ def _badge(text: str) -> str:
 
 def _phrases(key: str, phrases: Iterable[str], language: Language) -> str:
     items = "".join(f"<li>{escape(phrase)}</li>" for phrase in phrases)
-    return f'<section class="{key}"><h3>{say(key, language)}</h3><ul>{items}</ul></section>'
+    return f'<section class="{key}"><h2>{say(key, language)}</h2><ul>{items}</ul></section>'
 
 
-def _box(kind: str, title: str, sentences: Iterable[str]) -> str:
+def _box(kind: str, title: str, sentences: Iterable[str], more: str = "") -> str:
     paragraphs = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
     role = "status" if kind == "calm" else "alert"
-    return f'<div class="box {kind}" role="{role}"><strong>{escape(title)}</strong>{paragraphs}</div>'
+    return f'<div class="box {kind}" role="{role}"><strong>{escape(title)}</strong>{paragraphs}{more}</div>'

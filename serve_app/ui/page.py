@@ -6,55 +6,77 @@ Knows nothing of how pictures are made; it calls `ImageService` as the HTTP rout
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve_app.ui import markup
+from serve_app.ui import assets, markup
 from serve_app.ui.drawing import (
     Asked,
     Drawn,
     Moment,
     Refused,
     Started,
+    Stepped,
     Waiting,
     WaitingForModel,
     draw,
+    parameters_of,
     refused,
 )
-from serve_app.ui.layout import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, TITLE, Board, Controls, lay_out
-from serve_app.ui.sizes import sizes_that_fit
-from serve_app.ui.texts import Language, language_of, say, translations
-from zimage_engine.types import GenerationReport, ModelDescription, StepProgress
+from serve_app.ui.layout import TITLE, Board, Controls, lay_out
+from serve_app.ui.status import status_routes
+from serve_app.ui.stopping import Stops, page_of, stop_routes, until_stopped
+from serve_app.ui.texts import language_of, translations
+from serve_app.worker_reply import Preview
 
 if TYPE_CHECKING:
     import gradio as gr
     from fastapi import FastAPI
 
+    from serve_app.history.history import History
     from serve_app.service import ImageService
     from serve_app.settings import Settings
 
-log = logging.getLogger(__name__)
-
 #: Pictures stay fetchable for a day; every hour the older ones are deleted.
 PICTURE_CHECK_SECONDS, PICTURE_LIFE_SECONDS = 3600, 86400
+#: Of so many pages Gradio keeps what their components show, about 200 kB each; the page needs nothing of it.
+SESSIONS = 100
 
 _STYLE = Path(__file__).with_name("page.css")
 #: Gradio's frontend writes the locale that it chose for the labels here; the server words the rest alike.
 _READ_LOCALE = "document.documentElement.lang"
+#: With what the page's own scripts have set a moment ago.
+_READ_CONTROLS = "...window.zimageAsked(values.slice(0, -2))"
+#: What they hold themselves.
+_READ_MORE = "window.zimageMore()"
+#: Where the browser finds a file of Gradio's folder.
+_FILE = "/gradio_api/file="
 #: On a phone the picture stands below the button: bring it into view.
 _SHOW_PICTURE = "document.getElementById('canvas').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 
 
-def mount_page(app: FastAPI, service: ImageService, settings: Settings) -> FastAPI:
-    """Put the page at "/" of the app and return the app. Call it last: the page takes every free path."""
-    import gradio as gr
+def mount_page(
+    app: FastAPI, service: ImageService, settings: Settings, history: History | None = None
+) -> FastAPI:
+    """Put the page at "/" of the app and return the app. Call it last: the page takes every free path.
 
-    return gr.mount_gradio_app(
+    What is drawn on the page is kept in `history`; None: nothing is.
+    """
+    import gradio as gr
+    from starlette.routing import Mount
+
+    from serve_app.ui import grids  # imports Ray, which only a running server needs
+
+    app.include_router(status_routes(service))
+    app.include_router(assets.router)
+    app.include_router(grids.routes(service, history))
+    stops = Stops()
+    app.include_router(stop_routes(stops))
+    app = gr.mount_gradio_app(
         app,
-        build_page(service),
+        build_page(service, history, stops),
         path="/",
         server_name=settings.host,
         server_port=settings.port,
@@ -71,10 +93,18 @@ def mount_page(app: FastAPI, service: ImageService, settings: Settings) -> FastA
         enable_monitoring=False,
         mcp_server=False,
     )
+    (gradio,) = (route.app for route in app.routes if isinstance(route, Mount) and route.path == "")
+    gradio.add_middleware(assets.PageHead)  # type: ignore[attr-defined]
+    return app
 
 
-def build_page(service: ImageService) -> gr.Blocks:
-    """The page as Gradio blocks, still to be mounted (`mount_page` knows with what)."""
+def build_page(
+    service: ImageService, history: History | None = None, stops: Stops | None = None
+) -> gr.Blocks:
+    """The page as Gradio blocks, still to be mounted (`mount_page` knows with what).
+
+    What it draws can be ended through `stops`.
+    """
     import gradio as gr
 
     with gr.Blocks(
@@ -84,92 +114,64 @@ def build_page(service: ImageService) -> gr.Blocks:
         delete_cache=(PICTURE_CHECK_SECONDS, PICTURE_LIFE_SECONDS),
     ) as blocks:
         controls, board = lay_out()
-        _connect(blocks, service, controls, board)
+        _connect(service, history, controls, board, stops or Stops())
+    blocks.state_session_capacity = SESSIONS
     blocks.queue(default_concurrency_limit=None, api_open=False)
     return blocks
 
 
-def _connect(blocks: gr.Blocks, service: ImageService, controls: Controls, board: Board) -> None:
+def _connect(
+    service: ImageService, history: History | None, controls: Controls, board: Board, stops: Stops
+) -> None:
     import gradio as gr
 
     async def on_draw(*values: Any) -> AsyncIterator[dict[Any, Any]]:
         asked = _asked(*values)
         language = asked.language
-        yield {board.message: ""}
-        try:
-            async with aclosing(draw(service, asked, *_asked_by())) as moments:
-                async for moment in moments:
-                    yield await _shown(board, moment, language)
-        except Exception as error:  # the picture could not be kept: a full disk
-            yield await _shown(board, refused(error, language), language)
-        yield {board.status: await _status(service, language)}
+        yield _updates({board.message: "", board.forming: ""})
+        with stops.of(page_of(asked.more)) as stop:
+            moment: Moment | None = None
+            try:
+                drawing = draw(service, asked, *_asked_by())
+                async with aclosing(until_stopped(drawing, stop)) as moments:
+                    async for moment in moments:
+                        yield _updates(await _shown(board, moment, asked, history))
+            except Exception as error:  # the picture could not be kept: a full disk
+                yield _updates(await _shown(board, refused(error, language), asked, history))
+            if stop.is_set() and not isinstance(moment, Drawn | Refused):
+                yield _updates({board.progress: markup.stopped_line(language)})
 
-    async def on_refresh(
-        size: str | None, steps: float, guidance_scale: float, locale: str
-    ) -> dict[Any, Any]:
-        language = language_of(locale)
-        description = await _description(service)
-        updates: dict[Any, Any] = {board.status: await _status(service, language)}
-        if description is None:
-            return updates | {board.loading: markup.loading_box(language), board.timer: gr.Timer(active=True)}
-        updates |= {
-            board.badge: markup.badge_of_defaults(description),
-            board.loading: "",
-            board.timer: gr.Timer(active=False),
-            controls.size: _size_choices(description, size, language),
-        }
-        # What a person has moved already stays where they put it.
-        if steps == DEFAULT_STEPS:
-            updates[controls.steps] = description.default_steps
-        if guidance_scale == DEFAULT_GUIDANCE_SCALE:
-            updates[controls.guidance_scale] = description.default_guidance_scale
-        return updates
-
-    async def on_load() -> Any:
-        # It is ticked already; who has taken the tick away since must not find it there again.
-        return gr.skip() if service.live.default_enhance else False
-
-    shown = [
-        board.progress,
-        board.message,
-        board.picture,
-        board.download,
-        board.reuse_seed,
-        board.used_seed,
-        board.badge,
-        board.facts,
-        board.enhancement,
-        board.status,
-    ]
-    refreshed = [
-        board.status,
-        board.badge,
-        board.loading,
-        board.timer,
-        controls.size,
-        controls.steps,
-        controls.guidance_scale,
-    ]
     gr.on(
         [controls.generate.click, controls.prompt.submit],
         on_draw,
         controls.read(),
-        shown,
-        js=f"(...values) => {{ {_SHOW_PICTURE}; return [...values.slice(0, -1), {_READ_LOCALE}]; }}",
+        [
+            board.progress,
+            board.forming,
+            board.message,
+            board.picture,
+            board.pictures,
+            board.download,
+            board.reuse_seed,
+            board.used_seed,
+            board.facts,
+            board.enhancement,
+        ],
+        js=(
+            f"(...values) => {{ {_SHOW_PICTURE}; return [{_READ_CONTROLS}, {_READ_MORE}, {_READ_LOCALE}]; }}"
+        ),
         show_progress="hidden",
         trigger_mode="once",
         api_visibility="private",
     )
-    gr.on(
-        [blocks.load, board.timer.tick],
-        on_refresh,
-        [controls.size, controls.steps, controls.guidance_scale, controls.locale],
-        refreshed,
-        js=f"(...values) => [...values.slice(0, -1), {_READ_LOCALE}]",
+    controls.fill.click(
+        None,
+        controls.filled(),
+        controls.filled(),
+        js="(...values) => window.zimageFilled(values)",
         show_progress="hidden",
         api_visibility="private",
     )
-    blocks.load(on_load, None, controls.enhance, show_progress="hidden", api_visibility="private")
     board.reuse_seed.click(
         None,
         board.used_seed,
@@ -178,6 +180,20 @@ def _connect(blocks: gr.Blocks, service: ImageService, controls: Controls, board
         show_progress="hidden",
         api_visibility="private",
     )
+
+
+def _updates(values: dict[Any, Any]) -> dict[Any, Any]:
+    """The same, each plain value as an update of a component.
+
+    For a page of which an output was left out before, Gradio keeps one component more of each plain value:
+    some 80 kB a drawing, as long as the server knows the page.
+    """
+    import gradio as gr
+
+    return {
+        component: value if isinstance(value, gr.blocks.Block) else gr.update(value=value)
+        for component, value in values.items()
+    }
 
 
 def _asked_by() -> tuple[str, str]:
@@ -195,6 +211,16 @@ def _asked_by() -> tuple[str, str]:
     return asked_by(request.request.scope), request.request.headers.get("x-request-id", "")
 
 
+def _owner() -> str:
+    """Whose the picture is that is being drawn: the name of the key, "" where there are none."""
+    from gradio.context import LocalContext
+
+    from serve_app.routes.history import owner_of
+
+    request = LocalContext.request.get(None)
+    return "" if request is None else owner_of(request.request.scope)
+
+
 def _asked(
     prompt: str | None,
     negative_prompt: str | None,
@@ -204,6 +230,7 @@ def _asked(
     steps: float,
     guidance_scale: float,
     seed: str | None,
+    more: str | None,
     locale: str | None,
 ) -> Asked:
     return Asked(
@@ -215,12 +242,16 @@ def _asked(
         steps=steps,
         guidance_scale=guidance_scale,
         seed=seed or "",
+        more=more or "",
         language=language_of(locale),
     )
 
 
-async def _shown(board: Board, moment: Moment, language: Language) -> dict[Any, Any]:
-    """What changes on the board at a moment of a drawing."""
+async def _shown(
+    board: Board, moment: Moment, asked: Asked, history: History | None = None
+) -> dict[Any, Any]:
+    """What changes on the board at a moment of a drawing; a finished picture is kept in the history."""
+    language = asked.language
     match moment:
         case WaitingForModel():
             return {board.progress: markup.progress_waiting("waiting_for_model", language)}
@@ -228,66 +259,50 @@ async def _shown(board: Board, moment: Moment, language: Language) -> dict[Any, 
             return {board.progress: markup.progress_queued(moment, language)}
         case Started():
             return {board.progress: markup.progress_waiting("starting", language)}
-        case StepProgress():
+        case Stepped():
             return {board.progress: markup.progress_step(moment, language)}
+        case Preview():
+            return {board.forming: markup.forming(moment)}
         case Refused(sentences, theirs):
             return {board.progress: "", board.message: markup.refusal_box(sentences, theirs, language)}
-        case Drawn(png, report):
-            return await _picture(board, png, report, language)
+        case Drawn():
+            return await _drawn(board, moment, asked, history)
 
 
-async def _picture(board: Board, png: bytes, report: GenerationReport, language: Language) -> dict[Any, Any]:
+async def _drawn(board: Board, drawn: Drawn, asked: Asked, history: History | None) -> dict[Any, Any]:
     import gradio as gr
     from gradio.processing_utils import save_bytes_to_cache
 
-    seed = str(report.pictures[0].seed)
+    report, language = drawn.report, asked.language
+    seeds = [made.seed for made in report.pictures]
     # The worker's own bytes, so that a download still tells how the picture was drawn.
-    path = await asyncio.to_thread(save_bytes_to_cache, png, f"zimage-{seed}.png", board.picture.GRADIO_CACHE)
-    notices = (*report.warnings, *report.pictures[0].warnings)
+    paths = [
+        await asyncio.to_thread(save_bytes_to_cache, png, f"zimage-{seed}.png", board.picture.GRADIO_CACHE)
+        for png, seed in zip(drawn.pictures, seeds, strict=True)
+    ]
+    parameters = [parameters_of(asked, report, seed) for seed in seeds]
+    ids: list[str | None] = [None] * len(seeds)
+    if history is not None:
+        owner = _owner()
+        kept = zip(drawn.pictures, parameters, strict=True)
+        ids = [await history.keep(png, each, owner) for png, each in kept]
+    several = [markup.SeveralPicture(f"{_FILE}{path}", seed) for path, seed in zip(paths, seeds, strict=True)]
+    told = [{"id": id, "parameters": each} for id, each in zip(ids, parameters, strict=True)]
+    warnings = dict.fromkeys(
+        (*report.warnings, *(notice for made in report.pictures for notice in made.warnings))
+    )
     return {
         board.progress: "",
-        board.message: markup.notices_box(notices, language),
-        board.picture: gr.Image(value=path, alt_text=report.prompt),
-        board.download: gr.DownloadButton(value=path, visible=True),
-        board.reuse_seed: gr.Button(visible=True),
-        board.used_seed: seed,
-        board.badge: markup.badge_of_report(report),
-        board.facts: markup.facts(report, language),
+        board.message: markup.notices_box(warnings, language, markup.guard_trace(report.pictures, language)),
+        board.picture: gr.Image(value=paths[0], alt_text=report.prompt),
+        board.pictures: markup.several_pictures(several, report.prompt, language) if len(paths) > 1 else "",
+        # Of several each has its own beside it.
+        board.download: gr.DownloadButton(value=paths[0], visible=len(paths) == 1),
+        board.reuse_seed: gr.Button(visible=len(paths) == 1),
+        board.used_seed: str(seeds[0]),
+        board.facts: markup.facts(report, language, told),
         board.enhancement: markup.enhancement(report, language),
     }
-
-
-async def _description(service: ImageService) -> ModelDescription | None:
-    try:
-        return await service.description()
-    except Exception:
-        log.exception("the page could not learn which model is loaded")
-        return None
-
-
-async def _status(service: ImageService, language: Language) -> str:
-    """The status line; a page edge, so a device that cannot be asked is said and logged, not raised."""
-    try:
-        description = await service.description()
-        status = await service.device_status() if description else None
-    except Exception:
-        log.exception("the page could not ask for the device's status")
-        return markup.status_unknown(language)
-    if description is None:
-        return markup.status_loading(language)
-    if status is None:
-        return markup.status_unknown(language)
-    return markup.status_line(status, description.id)
-
-
-def _size_choices(description: ModelDescription, chosen: str | None, language: Language) -> Any:
-    """The dropdown for the model; what was chosen or typed before stays."""
-    import gradio as gr
-
-    native, *others = sizes_that_fit(description)
-    choices = [(f"{native[0]} × {native[1]} ({say('native', language)})", f"{native[0]}x{native[1]}")]
-    choices += [(f"{width} × {height}", f"{width}x{height}") for width, height in others]
-    return gr.Dropdown(choices=choices, value=chosen or choices[0][1])
 
 
 def _theme() -> gr.Theme:
@@ -307,8 +322,9 @@ def _theme() -> gr.Theme:
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700",
-        button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_800",
         body_text_color_subdued="*neutral_500",
         block_info_text_color="*neutral_500",
         input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
     )

@@ -9,22 +9,27 @@ import re
 
 from zimage_engine.types import ModelDescription
 
-#: Width to height, the common shapes of screens, prints and phones. The native size comes first.
-ASPECTS: tuple[tuple[int, int], ...] = ((4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
+#: Width to height, the common shapes of screens, prints and phones.
+ASPECTS: tuple[tuple[int, int], ...] = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16), (3, 2), (2, 3))
 
 _TYPED_SIZE = re.compile(r"\s*(\d{1,5})\s*(?:[xX×*,，]|\s)\s*(\d{1,5})\s*")
 
 
-def sizes_that_fit(description: ModelDescription) -> tuple[tuple[int, int], ...]:
-    """Sizes (width, height) in pixels on the model's grid: native first, then about the same area."""
+def sizes_that_fit(description: ModelDescription) -> dict[str, tuple[int, int]]:
+    """For each aspect, such as "4:3", a size (width, height) in pixels of about the native area.
+
+    They lie on the model's grid, and no side is longer than the model can draw.
+    """
     grid = description.size_multiple
-    native = (description.native_width, description.native_height)
-    area = native[0] * native[1]
-    shaped = (
-        (_to_grid((area * across / down) ** 0.5, grid), _to_grid((area * down / across) ** 0.5, grid))
+    area = description.native_width * description.native_height
+    longest = description.max_side // grid * grid
+    return {
+        f"{across}:{down}": (
+            min(longest, _to_grid((area * across / down) ** 0.5, grid)),
+            min(longest, _to_grid((area * down / across) ** 0.5, grid)),
+        )
         for across, down in ASPECTS
-    )
-    return tuple(dict.fromkeys((native, *shaped)))
+    }
 
 
 def read_size(typed: str) -> tuple[int, int] | None:

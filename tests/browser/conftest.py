@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ from fastapi import FastAPI
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from serve_app.gates import add_gates
+from serve_app.routes import loras, models, prompts, unknown
 from serve_app.settings import Settings
 from serve_app.ui import mount_page
 from tests.serve_app.ui.painting_service import PaintingService
@@ -87,12 +89,27 @@ def open_page(chromium: Browser) -> Iterator[OpenPage]:
 
 @pytest.fixture
 def page_server() -> Iterator[PageServer]:
-    service = PaintingService(step_seconds=0.05)
+    with running_page(PaintingService(step_seconds=0.05)) as page:
+        yield page
+
+
+@contextmanager
+def running_page(service: PaintingService, port: int = 0) -> Iterator[PageServer]:
+    """The page over `service` at a port, 0: any that is free; ended in good order with the block."""
     app = FastAPI()
+    app.state.service = service
+    for routes in (loras, models, prompts, unknown):
+        app.include_router(routes.router)
     add_gates(app, Settings())
-    app = mount_page(app, service, Settings())
+    with serving(mount_page(app, service, Settings()), port) as url:
+        yield PageServer(url, service)
+
+
+@contextmanager
+def serving(app: FastAPI, port: int = 0) -> Iterator[str]:
+    """The address where the app answers; ended in good order with the block."""
     server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1)
+        uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1)
     )
     started = threading.Event()
     startup = server.startup
@@ -106,7 +123,9 @@ def page_server() -> Iterator[PageServer]:
     thread.start()
     assert started.wait(60), "the page's server did not start"
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield PageServer(f"http://127.0.0.1:{port}/", service)
-    server.should_exit = True
-    thread.join(20)
+    try:
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.should_exit = True
+        thread.join(20)
     assert not thread.is_alive()

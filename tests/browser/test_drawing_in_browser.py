@@ -62,6 +62,7 @@ def test_what_is_typed_is_what_is_drawn(
 
 def test_a_closed_tab_frees_the_worker(open_page: OpenPage, server: str) -> None:
     page = open_page(server, locale="en-US")
+    expect(page.locator("#size input")).not_to_have_value("", timeout=PICTURE_LIMIT_MS)
     for control, value in (("#steps input[type=number]", "100"), ("#size input", "512x512")):
         page.locator(control).fill(value)
         page.locator(control).press("Enter")

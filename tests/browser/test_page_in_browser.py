@@ -22,7 +22,7 @@ def test_the_bar_moves_and_badge_status_and_facts_tell_the_truth(
 ) -> None:
     page = open_page(page_server.url)
     expect(page.locator("#badge")).to_have_text("Steps: 8 | CFG: 1.8 | bfloat16")
-    expect(page.locator("#status")).to_have_text("GPU: CUDA OK | VRAM: 5.2/12.0 GB")
+    expect(page.locator("#status .status")).to_have_text("GPU: CUDA OK | VRAM: 5.2/12.0 GB")
     page.locator("#steps input[type=number]").fill("12")
     page.locator("#steps input[type=number]").press("Tab")
     watch_bar(page)
@@ -74,8 +74,8 @@ def test_every_control_reaches_the_service(page_server: PageServer, open_page: O
     page = open_page(page_server.url)
     page.locator("#enhance input[type=checkbox]").uncheck()
     page.locator("#negative textarea, #negative input").fill("blurry")
-    page.locator("#size input").click()
-    page.get_by_role("option", name="224 × 288").click()
+    page.locator("#aspect").get_by_role("radio", name="3:4").check()
+    expect(page.locator("#size input")).to_have_value("224 × 288")
     for control, value in (("steps", "5"), ("guidance", "2.3")):
         page.locator(f"#{control} input[type=number]").fill(value)
         page.locator(f"#{control} input[type=number]").press("Tab")
@@ -103,15 +103,11 @@ def test_a_refusal_is_readable_and_the_next_picture_can_be_asked(
     page_server: PageServer, open_page: OpenPage
 ) -> None:
     page = open_page(page_server.url)
-    # What the model draws best comes with the page's first answer, and would take the place of what is typed.
-    expect(page.locator("#size input")).to_have_value("256 × 256 (native)")
-    page.locator("#size input").fill("300x256")
-    page.locator("#size input").press("Enter")
+    page.locator("#seed input").fill("seven")
     ask(page, "a red circle")
-    expect(page.locator("#message")).to_contain_text("width must be a multiple of 32, got 300")
+    expect(page.locator("#message")).to_contain_text("The seed is a whole number")
+    page.locator("#seed input").fill("")
     page_server.service.fails_with = RuntimeError("secrets")
-    page.locator("#size input").fill("288x224")
-    page.locator("#size input").press("Enter")
     page.locator("#generate").click()
     expect(page.locator("#message")).to_contain_text("the fault is its own")
     expect(page.locator("body")).not_to_contain_text("secrets")
@@ -140,7 +136,7 @@ def test_while_the_model_loads_the_page_says_so_and_then_draws(
 ) -> None:
     page_server.service.loaded = False
     page = open_page(page_server.url)
-    expect(page.locator("#status")).to_have_text("The model is loading…")
+    expect(page.locator("#status .status")).to_have_text("The model is loading…")
     expect(page.locator("#loading")).to_contain_text("The model is loading…")
     ask(page, "a red circle")
     expect(page.locator("#progress")).to_contain_text("your picture comes right after")

@@ -1,9 +1,12 @@
 """Draws requests for several models at random, and says whether each picture was that of its model.
 
     python -m tests.chaos.models --count 200 --most 2
+    python -m tests.chaos.models --count 200 --most 2 --ray [--workers 2]
 
 Tiny models of three families behind the real app, in this process: no Ray, no port. Each picture is compared
-with that of a fresh engine of its model, and what is in memory with what may be.
+with that of a fresh engine of its model, and what is in memory with what may be. With --ray the same is asked
+of `zimage-turbo launch` and its workers, each of which may have as many models; what they have in memory is
+then what their metrics tell.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import tempfile
 from base64 import b64decode
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from typing import Any
 import httpx
 import torch
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app.image_codec import read_receipt
 
@@ -41,9 +46,17 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
     most_ready: int = 0
     most_parameter_bytes: int = 0
+    #: Models that one worker had at a time, and how many came and went, by its metrics; 0: not asked.
+    most_in_a_worker: int = 0
+    loads: int = 0
 
     def __str__(self) -> str:
         drawn = ", ".join(f"{name} {count}" for name, count in sorted(self.drawn.items()))
+        if self.most_in_a_worker:
+            return (
+                f"{sum(self.drawn.values())} drawn ({drawn}), {len(self.wrong)} wrong; at most "
+                f"{self.most_in_a_worker} models in a worker at a time, {self.loads} loads"
+            )
         return (
             f"{sum(self.drawn.values())} drawn ({drawn}), {len(self.wrong)} wrong; at most {self.most_ready} "
             f"models ready at a time, their weights at most {self.most_parameter_bytes / 1e6:.2f} MB"
@@ -85,8 +98,28 @@ def parameter_bytes() -> int:
     return sum(each.numel() * each.element_size() for each in found)
 
 
+async def in_this_process(client: httpx.AsyncClient, outcome: Outcome) -> None:
+    """Note all weights that live here."""
+    outcome.most_parameter_bytes = max(outcome.most_parameter_bytes, parameter_bytes())
+
+
+async def by_metrics(client: httpx.AsyncClient, outcome: Outcome) -> None:
+    """Note what each worker says that it has in memory, and has loaded so far."""
+    text = (await client.get("/metrics")).text
+    samples = [
+        sample for family in text_string_to_metric_families(text) for sample in family.samples if sample.value
+    ]
+    there = [int(sample.value) for sample in samples if sample.name == "zimage_models_in_memory"]
+    outcome.most_in_a_worker = max(outcome.most_in_a_worker, *there, 0)
+    outcome.loads = sum(int(sample.value) for sample in samples if sample.name == "zimage_model_loads_total")
+
+
 async def run(
-    client: httpx.AsyncClient, expected: dict[tuple[str, int], bytes], count: int, dice: random.Random
+    client: httpx.AsyncClient,
+    expected: dict[tuple[str, int], bytes],
+    count: int,
+    dice: random.Random,
+    count_memory: Callable[[httpx.AsyncClient, Outcome], Awaitable[None]] = in_this_process,
 ) -> Outcome:
     """Send `count` requests, some at once, each for a model and a seed by lot."""
     outcome = Outcome()
@@ -95,7 +128,7 @@ async def run(
         chosen = dice.choices(cases, k=min(COUNTED_EVERY, count - begin))
         gate = asyncio.Semaphore(AT_ONCE)
         await asyncio.gather(*(_one(client, gate, case, expected[case], outcome) for case in chosen))
-        outcome.most_parameter_bytes = max(outcome.most_parameter_bytes, parameter_bytes())
+        await count_memory(client, outcome)
     return outcome
 
 
@@ -169,6 +202,26 @@ async def _main(count: int, most: int, seed: int) -> Outcome:
     return outcome
 
 
+async def _of_a_launched_server(count: int, most: int, seed: int, workers: int) -> Outcome:
+    from tests.running_server import running_server
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_models(Path(folder))
+        expected = pixels_of_fresh_engines(paths)
+        default, *others = paths
+        also = [option for name in others for option in ("--also", f"{name}={paths[name]}")]
+        environment = {
+            "ZIMAGE_MAX_LOADED_MODELS": str(most),
+            "ZIMAGE_NUM_REPLICAS": str(workers),
+            "ZIMAGE_CPU_THREADS": "1",
+            "ZIMAGE_DATA_DIR": str(Path(folder) / "data"),
+        }
+        options = ("--model", str(paths[default]), *also, "--device", "cpu", "--no-ui")
+        with running_server(*options, environment=environment) as server:
+            async with httpx.AsyncClient(base_url=server.base_url, timeout=300) as client:
+                return await run(client, expected, count, random.Random(seed), by_metrics)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -176,12 +229,21 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--most", type=int, default=2, help="models in memory at a time")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--ray", action="store_true", help="ask a launched server")
+    parser.add_argument("--workers", type=int, default=1, help="workers of the launched server")
     given = parser.parse_args()
-    outcome = asyncio.run(_main(given.count, given.most, given.seed))
+    asked = (
+        _of_a_launched_server(given.count, given.most, given.seed, given.workers)
+        if given.ray
+        else _main(given.count, given.most, given.seed)
+    )
+    outcome = asyncio.run(asked)
     for line in outcome.wrong:
         sys.stdout.write(line + "\n")
     sys.stdout.write(f"{outcome}\n")
-    return 1 if outcome.wrong or outcome.most_ready > given.most else 0
+    # A model that is ready in any worker counts as ready: with several, each has its own.
+    too_many = max(outcome.most_in_a_worker, 0 if given.ray else outcome.most_ready) > given.most
+    return 1 if outcome.wrong or too_many or outcome.drawn.total() != given.count else 0
 
 
 if __name__ == "__main__":

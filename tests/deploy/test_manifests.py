@@ -283,7 +283,9 @@ def test_serve_configs_name_known_settings(overlay: str, monkeypatch: pytest.Mon
     assert set(config["applications"][0]) <= set(type(application).model_fields)
     for deployment in config["applications"][0].get("deployments", ()):
         assert set(deployment) <= set(type(application.deployments[0]).model_fields)
-        scaling = deployment["autoscaling_config"]
+        scaling = deployment.get("autoscaling_config")
+        if scaling is None:
+            continue
         (group,) = ray_cluster(overlay)["workerGroupSpecs"]
         assert (scaling["min_replicas"], scaling["max_replicas"]) == (
             group["minReplicas"],

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from serve_app.app import GRACEFUL_SHUTDOWN_SECONDS
+from serve_app.settings import Settings
 from tests.deploy import manifests, test_manifests
 from tests.deploy.manifests import (
     EXAMPLES,
@@ -93,6 +94,33 @@ def test_gpu_workers_may_run_on_gpu_nodes_and_find_the_download(overlay: str) ->
         for each in containers({"spec": spec})
     ]
     assert len(set(mounts)) == 1
+
+
+@pytest.mark.parametrize("overlay", ["single-gpu"])
+def test_jobs_and_pictures_lie_in_a_volume_that_outlives_the_pod_of_the_front_end(overlay: str) -> None:
+    spec = worker(overlay)
+    claims = {each["metadata"]["name"]: each["spec"] for each in of_kind(overlay, "PersistentVolumeClaim")}
+    (data,) = [volume for volume in spec["volumes"] if volume["name"] == "data"]
+    claim = claims[data["persistentVolumeClaim"]["claimName"]]
+    assert claim["accessModes"] == ["ReadWriteOnce"], "SQLite bears no file that several nodes write"
+    kept_bytes = sum(Settings.model_fields[name].default for name in ("result_bytes", "history_bytes"))
+    assert int(claim["resources"]["requests"]["storage"].removesuffix("Gi")) * 2**30 > kept_bytes
+    # Whoever writes there is where the volume is: the head has no CPUs, and no second cluster comes beside.
+    ((deployment,),) = [each["deployments"] for each in serve_config(overlay)["applications"]]
+    assert deployment["name"] == "PromptEnhancer" and deployment["ray_actor_options"]["num_cpus"] > 0
+    assert ray_cluster(overlay)["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert ray_cluster(overlay)["workerGroupSpecs"][0]["maxReplicas"] == 1
+    assert ray_service(overlay)["spec"]["upgradeStrategy"]["type"] == "None"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_pod_has_room_for_what_is_kept_in_it(overlay: str) -> None:
+    kept_bytes = sum(Settings.model_fields[name].default for name in ("result_bytes", "history_bytes"))
+    for name in ("head", "draw"):
+        spec = dict(pod_templates(overlay))[name]["spec"]
+        (data,) = [volume for volume in spec["volumes"] if volume["name"] == "data"]
+        if "emptyDir" in data:
+            assert int(data["emptyDir"]["sizeLimit"].removesuffix("Gi")) * 2**30 > kept_bytes, name
 
 
 @pytest.mark.parametrize("overlay", GPU_OVERLAYS)

@@ -476,11 +476,18 @@ def test_launch_puts_options_over_the_config_file(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("ZIMAGE_CONFIG", "")
     config = tmp_path / "server.yaml"
     config.write_text("port: 7951\nnum_replicas: 2\nmax_queued_requests: 5\n")
-    result = run("launch", "--config", str(config), "--port", "7952", "--device", "cpu", "--no-ui")
+    result = run(
+        "launch", "--config", str(config), "--port", "7952", "--device", "cpu", "--no-ui", "--no-history"
+    )
     assert result.exit_code == 0, result.stderr
     (settings,) = started
     assert (settings.port, settings.num_replicas, settings.max_queued_requests) == (7952, 2, 5)
-    assert (settings.device, settings.ui, settings.host) == ("cpu", False, "127.0.0.1")
+    assert (settings.device, settings.ui, settings.history, settings.host) == (
+        "cpu",
+        False,
+        False,
+        "127.0.0.1",
+    )
 
 
 def test_launch_hands_over_what_the_model_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,3 +268,17 @@ def test_the_folder_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     _check_files(chosen)
     with pytest.raises(InvalidRequest, match="lora_folder must be a folder"):
         _check_files(load_settings(lora_folder="nothing"))
+
+
+@pytest.mark.parametrize("loras", [["水彩=0.7", "style=-0.4"], [], None])
+async def test_the_parameters_of_a_picture_draw_it_again_with_its_loras(
+    client: httpx.AsyncClient, loras: list[str] | None
+) -> None:
+    picture = await drawn(client, loras=loras)
+    file = base64.b64decode(picture["b64_json"])
+    answer = await client.post("/v1/images/parameters", files={"image": file})
+    told = answer.json()
+    assert [(lora["name"], lora["weight"]) for lora in told["parameters"]["loras"]] == loras_of(picture)
+    assert told["ignored"] == []
+    again = await drawn(client, **told["parameters"])
+    assert pixels(again) == pixels(picture) and loras_of(again) == loras_of(picture)

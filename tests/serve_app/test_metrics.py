@@ -49,7 +49,6 @@ from zimage_engine.types import (
     Notice,
     PictureReport,
     PromptCacheUse,
-    StepProgress,
 )
 
 CUDA = DeviceStatus("cuda", "A card", total_bytes=12_000, used_bytes=5_000)
@@ -219,12 +218,17 @@ def test_the_longest_name_of_a_request_fits_into_an_exemplar() -> None:
         served("left", {"request_id": "x" * (LONGEST_ID + 15), "trace_id": "0" * 32})
 
 
-def test_a_step_is_timed_from_the_step_before_of_the_same_picture() -> None:
+def test_steps_and_forward_passes_are_counted() -> None:
     metrics = WorkerMetrics("one", MODEL)
-    for picture in (1, 2):
-        for step in (1, 2, 3):
-            metrics.stepped(StepProgress(picture, 2, step, 3))
-    assert samples(metrics.text(CPU))["zimage_step_seconds_count", (("replica", "one"),)] == 4
+    for pictures in (1, 3):
+        metrics.record_step(0.25)
+        metrics.record_pass(pictures)
+    found = samples(metrics.text(CPU))
+    of_the_worker = (("replica", "one"),)
+    assert found["zimage_step_seconds_count", of_the_worker] == 2
+    assert found["zimage_step_seconds_sum", of_the_worker] == 0.5
+    assert found["zimage_denoiser_passes_total", of_the_worker] == 2
+    assert found["zimage_denoiser_pass_pictures_total", of_the_worker] == 4
 
 
 def test_a_memory_keepers_totals_become_counters() -> None:

@@ -41,6 +41,7 @@ CASES = int(os.environ.get("OPENAPI_CASES", CASES_IN_THE_SUITE))
 RIGHT, WRONG = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 
 DRAW, REPRODUCE, JOBS = "/v1/images/generations", "/v1/images/reproduce", "/v1/images/jobs"
+PARAMETERS, HISTORY = "/v1/images/parameters", "/v1/history"
 SMALL = {"size": "64x64", "num_inference_steps": 1}
 #: What is done of most right requests; elsewhere they ask for what is not there.
 ANSWERED = (
@@ -48,6 +49,8 @@ ANSWERED = (
     ("/v1/images/edits", "POST"),
     ("/v1/images/variations", "POST"),
     (REPRODUCE, "POST"),
+    (PARAMETERS, "POST"),
+    (HISTORY, "GET"),
     (JOBS, "POST"),
     (JOBS, "GET"),
     ("/v1/prompts/enhance", "POST"),
@@ -67,6 +70,15 @@ WITH_INPUT = (
     ("/v1/images/variations", "POST", WRONG),
     (REPRODUCE, "POST", RIGHT),
     (REPRODUCE, "POST", WRONG),
+    (PARAMETERS, "POST", RIGHT),
+    (PARAMETERS, "POST", WRONG),
+    (HISTORY, "GET", RIGHT),
+    (HISTORY, "GET", WRONG),
+    (f"{HISTORY}/{{picture_id}}", "GET", RIGHT),
+    (f"{HISTORY}/{{picture_id}}", "DELETE", RIGHT),
+    (f"{HISTORY}/{{picture_id}}/picture", "GET", RIGHT),
+    (f"{HISTORY}/{{picture_id}}/picture", "GET", WRONG),
+    (f"{HISTORY}/{{picture_id}}/thumbnail", "GET", RIGHT),
     (JOBS, "POST", RIGHT),
     (JOBS, "POST", WRONG),
     (JOBS, "GET", RIGHT),
@@ -82,6 +94,7 @@ WITH_INPUT = (
 WITHOUT_INPUT = (
     ("/v1/models", "GET"),
     ("/v1/loras", "GET"),
+    (HISTORY, "DELETE"),
     ("/healthz", "GET"),
     ("/readyz", "GET"),
     ("/metrics", "GET"),
@@ -96,7 +109,11 @@ def api_app(
 ) -> FastAPI:
     chosen: Settings = request.getfixturevalue("settings")
     # The name that schemathesis calls an app by.
-    update = {"allowed_hosts": ("testserver",), "data_dir": tmp_path_factory.mktemp("data")}
+    update = {
+        "allowed_hosts": ("testserver",),
+        "data_dir": tmp_path_factory.mktemp("data"),
+        "offered_enhancers": ("model", "endpoint"),
+    }
     chosen = chosen.model_copy(update=update)
     return build_asgi_app(ImageService(worker_handle, ServerMetrics("test"), chosen), chosen)
 
@@ -162,6 +179,8 @@ def made_possible(case: Case, receipt_of: bytes) -> Case:
             "receipt": read_given(receipt_of).receipt,
         }
         case.body = {name: given[name] for name in case.body if name in given}
+    elif isinstance(case.body, dict) and case.path == PARAMETERS:
+        case.body["image"] = Binary(receipt_of)
     elif isinstance(case.body, dict) and case.path.startswith("/v1/images/"):
         quick(case.body)
         files = {name: Binary(half_transparent()) for name in ("image", "mask") if name in case.body}

@@ -95,6 +95,7 @@ async def test_what_would_be_cut_off_is_told_before_anything_is_drawn(client: ht
         (warning,) = told["warnings"]
         assert warning["code"] == "prompt_truncated"
         assert f"room for {limit}" in warning["message"] and "'灯塔，大海'" in warning["message"]
+    assert told["cut_at"] == prompt.index("灯塔")
     told = await post(client, ENHANCE, prompt="a fox", negative_prompt=prompt)
     assert [warning["code"] for warning in told["warnings"]] == ["negative_prompt_truncated"]
 
@@ -125,7 +126,7 @@ async def test_the_spans_of_a_prompt(client: httpx.AsyncClient) -> None:
         (ENHANCE, {"prompt": "a\0b"}, 400, "prompt", "null character at position 1"),
         (ENHANCE, {"prompt": "a" * 32_001}, 400, "prompt", "at most 32,000 characters, got 32,001"),
         (ENHANCE, {"prompt": "a", "negative_prompt": "b\0"}, 400, "negative_prompt", "null character"),
-        (ENHANCE, {"prompt": "a", "enhance": "yes"}, 400, "enhance", "true or false"),
+        (ENHANCE, {"prompt": "a", "enhance": "yes"}, 400, "enhance", "'endpoint', got 'yes'"),
         (
             ENHANCE,
             {"prompt": "a", "negativ_prompt": "b"},

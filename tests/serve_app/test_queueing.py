@@ -20,6 +20,7 @@ from serve_app.queueing import (
     Place,
     Priority,
     QueueFull,
+    Sharing,
     Ticket,
     span,
     turn,
@@ -333,6 +334,23 @@ def test_in_a_full_queue_who_has_less_takes_the_place_of_who_has_more() -> None:
     assert world.draw_all().count("bob") == 2
 
 
+def test_who_waits_outside_takes_the_same_places_and_loses_them_first() -> None:
+    world = World(places=5)
+    anns = [world.enter("ann") for _ in range(world.queue.room + 3)]
+    ahead = [("ann", 1.0, 1), ("bob", 1.0, 1)]
+    world.queue.check("bob", 1.0, 1, ahead)
+    assert not any(ticket.refusal for ticket in anns), "a look alone"
+    assert [number for number, _ in world.queue.displace("bob", 1.0, ahead)] == [0]
+    ahead = [("bob", 1.0, 1), ("bob", 1.0, 1)]
+    with pytest.raises(QueueFull, match="this request came too late"):
+        world.queue.check("bob", 1.0, 1, ahead)
+    assert world.queue.displace("bob", 1.0, ahead) == []
+    world.queue.check("eve", 1.0, 1, ahead)
+    assert world.queue.displace("eve", 1.0, ahead) == []
+    assert [ticket.refusal is not None for ticket in anns] == [False] * (world.queue.room + 2) + [True]
+    assert anns[-1].moved.is_set()
+
+
 def test_nobody_is_sent_away_for_one_who_is_refused_all_the_same() -> None:
     world = World(places=3, seconds=100.0)
     world.enter("ann")
@@ -503,3 +521,45 @@ async def test_the_place_is_told_at_once_and_as_it_changes(monkeypatch: pytest.M
     await visitors.go("first 1")
     assert [place.position for place in told] == [2, 1]
     assert "two" in visitors.served
+
+
+SMALL = Sharing("small", 4)
+
+
+def test_who_shares_what_is_drawn_has_room_beside_it() -> None:
+    queue = FairQueue(64)
+    small = [queue.enter("ann", 1.0, 1, SMALL) for _ in range(8)]
+    assert [ticket.admitted_at is not None for ticket in small] == [True] * 5 + [False] * 3
+    assert queue.room_for(SMALL) == 5
+    queue.leave(small[0])
+    assert small[5].admitted_at is not None and small[6].admitted_at is None
+
+
+def test_who_could_share_overtakes_nobody() -> None:
+    queue = FairQueue(64)
+    for _ in range(3):
+        queue.enter("ann", 1.0, 1, SMALL)
+    large = queue.enter("bob", 1.0)
+    small = queue.enter("bob", 1.0, 1, SMALL)
+    other = queue.enter("cem", 1.0, 1, Sharing("other", 4))
+    assert [each.admitted_at for each in (large, small, other)] == [None] * 3
+
+
+def test_room_for_company_is_not_given_to_others() -> None:
+    queue = FairQueue(64)
+    small = [queue.enter("ann", 1.0, 1, SMALL) for _ in range(5)]
+    large = queue.enter("ann", 1.0)
+    queue.leave(small[0])
+    queue.leave(small[1])
+    assert large.admitted_at is None
+    queue.leave(small[2])
+    assert large.admitted_at is not None
+
+
+def test_a_newcomer_that_could_share_is_bound_by_the_places_too() -> None:
+    queue = FairQueue(1)
+    for _ in range(3):
+        queue.enter("ann", 1.0, 1, SMALL)
+    queue.enter("bob", 1.0)
+    with pytest.raises(QueueFull):
+        queue.enter("bob", 1.0, 1, SMALL)

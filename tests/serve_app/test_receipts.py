@@ -23,14 +23,13 @@ from ray import serve
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from serve_app import cli
+from serve_app import cli, reproduction_schema
 from serve_app.image_codec import FileFormat, ImageEncoding, encode, facts_of, read_receipt
 from serve_app.ingress import build_asgi_app
 from serve_app.metrics import ServerMetrics
 from serve_app.picture_input import UNPACKED_AT_ONCE
 from serve_app.receipt import differences, receipt_of, request_of
 from serve_app.reproduction import Reproduction, compare, read_given
-from serve_app.routes import reproduce
 from serve_app.service import ImageService
 from serve_app.settings import load_settings
 from serve_app.worker import ImageWorker
@@ -434,7 +433,7 @@ async def test_sources_are_unpacked_a_few_at_a_time(
         threads.append(threading.current_thread().name)
         raise InvalidRequest("it is not looked at", "source")
 
-    monkeypatch.setattr(reproduce, "source_picture", noting)
+    monkeypatch.setattr(reproduction_schema, "source_picture", noting)
     receipt = (await _drawn_by(client))["receipt"] | {"edit": {"strength": 0.5}}
     body = {"receipt": receipt, "source": ""}
     answers = await asyncio.gather(*(client.post("/v1/images/reproduce", json=body) for _ in range(12)))

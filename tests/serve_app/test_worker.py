@@ -17,11 +17,12 @@ from PIL import Image
 from serve_app.image_codec import ImageEncoding, read_parameters
 from serve_app.settings import Settings
 from serve_app.worker import ImageWorker
-from serve_app.worker_reply import DrawingBegan, WorkerReply
+from serve_app.worker_reply import EVERY_STEP, DrawingBegan, Preview, WorkerReply
 from tests.serve_app.conftest import loaded_worker
 from tests.zimage_engine.tiny_models.lora import write_lora
 from zimage_engine.errors import InvalidSize
 from zimage_engine.loading.lora_weight import LoraWeight
+from zimage_engine.sampling import sketch
 from zimage_engine.sampling.control import DrawingControl
 from zimage_engine.types import GenerationRequest, GenerationResult, StepProgress
 
@@ -55,7 +56,7 @@ def drawings(worker: ImageWorker, monkeypatch: pytest.MonkeyPatch) -> list[tuple
             spans.append((began, time.monotonic()))
 
     monkeypatch.setattr(worker._pool.engines[0], "generate", timed)
-    monkeypatch.setattr(worker, "_turn", asyncio.Lock())
+    monkeypatch.setattr(worker._turn, "_lock", asyncio.Lock())
     return spans
 
 
@@ -182,3 +183,22 @@ async def test_the_engine_has_one_thread_of_its_own(
     async for _ in worker.generate_streaming(REQUEST, PNG):
         threads |= {thread.name for thread in threading.enumerate() if thread.name.startswith("device")}
     assert len(threads) == 1
+
+
+async def test_every_step_but_the_last_is_shown_small_and_the_picture_is_the_same(
+    worker: ImageWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker._turn, "_lock", asyncio.Lock())
+    # So that none is left out for the time that it takes.
+    monkeypatch.setattr(sketch, "DECODING_SHARE", 1.0)
+    plain = await worker.generate(REQUEST, PNG)
+    items = [item async for item in worker.generate_streaming(REQUEST, PNG, EVERY_STEP)]
+    previews = [item for item in items if isinstance(item, Preview)]
+    assert {preview.progress.step for preview in previews} <= {1, 2} and previews
+    for preview in previews:
+        image = Image.open(io.BytesIO(preview.file))
+        assert image.format == "JPEG" and image.size == (preview.width, preview.height)
+        assert max(image.size) <= sketch.LARGEST_SIDE
+    assert isinstance(items[-1], WorkerReply)
+    drawn, without = (Image.open(io.BytesIO(each.pictures[0])) for each in (items[-1], plain))
+    assert drawn.tobytes() == without.tobytes()

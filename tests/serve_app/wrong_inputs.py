@@ -79,7 +79,7 @@ OF_THE_BODY = (
     raw("guidance Infinity", "Infinity", b'{"prompt": "a", "guidance_scale": -Infinity}'),
     raw("guidance overflowing", "finite", b'{"prompt": "a", "guidance_scale": 1e999}', "guidance_scale"),
     fields("seed negative", "seed", "at least 0, got -1", seed=-1),
-    fields("enhance text", "enhance", "true or false, got 'yes'", enhance="yes"),
+    fields("enhance text", "enhance", "'model' or 'endpoint', got 'yes'", enhance="yes"),
     # the packing
     fields("url of a stream", "response_format", "with stream true", response_format="url", stream=True),
     fields("format of the response", "response_format", "b64_json", response_format="jpeg"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from zimage_engine import Engine, GenerationRequest, LoraWeight
 from zimage_engine.errors import GenerationCancelled, InvalidRequest
 from zimage_engine.loading import lora_shelf
 from zimage_engine.loading.lora_choice import choices_in_prompt
+from zimage_engine.memory.options import PlannedOptions
+from zimage_engine.memory.planner import PlanOptions
+from zimage_engine.memory.residency import QUANTISATIONS, MemoryWishes, OffloadPlan
 from zimage_engine.sampling.control import DrawingControl
 from zimage_engine.types import GenerationResult, LoraChoice
 
@@ -172,6 +175,74 @@ def test_fifty_requests_of_each_model_draw_what_fresh_engines_draw(
         assert len(rig.engine._shelf) <= 3
     assert len({rig.fresh(each) for each in COMBINATIONS}) == len(COMBINATIONS)
     assert [(use.name, use.weight) for use in rig.engine.loras] == [("light.safetensors", 0.6)]
+
+
+@pytest.mark.parametrize(("kind", "word"), [*(("z-image", word) for word in QUANTISATIONS), ("sdxl", "int8")])
+def test_over_quantised_matrices_they_draw_what_fresh_engines_draw(
+    rigs: dict[str, Rig], kind: str, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_shelf, "KEPT_LORAS", 2)
+    rig, wishes = rigs[kind], MemoryWishes(quantize=word)
+    engine = Engine.load(rig.model, "cpu", lora_folder=rig.folder, memory=wishes)
+    expected: dict[Any, bytes] = {}
+    for combination in ((), (("ink", 0.7), ("light", 0.2))):
+        loras = [LoraWeight(rig.folder / f"{name}.safetensors", weight) for name, weight in combination]
+        fresh = Engine.load(rig.model, "cpu", loras=loras, memory=wishes)
+        expected[combination] = fresh.generate(ASKED).images[0].tobytes()
+        assert expected[combination] != rig.fresh(combination), "drawn with other matrices"
+    assert len(set(expected.values())) == len(expected)
+    off, mixed = expected
+    for combination in (mixed, off, mixed, (("style", 0.8),), off, mixed):
+        result = engine.generate(rig.asked(combination))
+        assert result.images[0].tobytes() == expected.get(combination, result.images[0].tobytes())
+        assert result.report.memory is not None and result.report.memory.quantize == word
+
+
+@dataclass(frozen=True, eq=False)
+class Card(PlannedOptions):
+    """The planner of a card that has always the same room."""
+
+    def options(
+        self, width_px: int, height_px: int, guided: bool, free_bytes: int | None
+    ) -> Sequence[OffloadPlan]:
+        return super().options(width_px, height_px, guided, 2**30)
+
+
+def test_what_they_take_is_planned_for_and_idle_ones_go_where_a_picture_needs_their_room(
+    tmp_path: Path,
+) -> None:
+    model = write_tiny_z_image(tmp_path / "z")
+    for number in range(3):
+        write_lora(model, tmp_path / "loras" / f"{number}.safetensors", seed=number)
+    engine = Engine.load(model, "cpu", lora_folder=tmp_path / "loras")
+    keeper, asked = engine._keeper, replace(ASKED, guidance_scale=1.0, loras=())
+
+    def named(*numbers: int) -> GenerationRequest:
+        return replace(asked, loras=tuple(LoraChoice(str(number)) for number in numbers))
+
+    size = (asked.width, asked.height, False)
+    expected = [engine.generate(named(number)).images[0].tobytes() for number in range(3)]
+    one_bytes = engine._shelf.bytes // 3
+    on_pipeline = sum(
+        weight.nbytes for name, weight in engine.pipeline.transformer.named_parameters() if ".lora_" in name
+    )
+    assert engine._shelf.bytes == on_pipeline > 0 and engine._shelf.idle_bytes == 2 * one_bytes
+    alone = Card(keeper._footprint, PlanOptions(), 0)
+    fastest = alone.options(*size, None)[0]
+    # Room for the fastest way with two LoRAs beside it, and not with three.
+    reserve = 2**30 - fastest.peak_bytes - 2 * one_bytes - one_bytes // 2
+    keeper._planner = keeper._planner_alone = replace(alone, reserve_bytes=reserve)
+    keeper._beside_bytes = 0
+    for number in (0, 1, 2, 0):
+        result = engine.generate(named(number))
+        assert result.images[0].tobytes() == expected[number]
+        assert result.report.memory is not None
+        assert keeper.plan is not None and keeper.plan.relative_speed == fastest.relative_speed
+        assert len(engine._shelf) <= 2
+    engine.generate(named(0, 1, 2))
+    assert keeper.plan is not None and keeper.plan.relative_speed < fastest.relative_speed
+    engine.generate(named())
+    assert keeper.plan.peak_bytes + engine._shelf.bytes <= 2**30 - reserve
 
 
 def test_all_pictures_of_a_request_have_its_loras(rig: Rig) -> None:

@@ -100,6 +100,7 @@ class ModelFamily:
     `published_id` the maker's model on the hub. `has_chat_template`: prompts are framed by the tokenizer's
     template. Each tokenizer of `text_encoders` reads for the text encoder beside it.
     `editing` is None where diffusers has no pipeline that draws from a picture.
+    `can_end_guidance`: the stock pipelines can leave guidance off from some step on (`cfg_truncation`).
     `patch_size` is how many of the picture processor's units a side must be a multiple of.
     `residual` is the range of the denoiser's output, `embedding_limit` and `decoded_limit` the magnitudes
     beyond which the text encoder's answer and the decoded picture (which is -1 to 1) are faults.
@@ -132,6 +133,7 @@ class ModelFamily:
     editing: Editing | None = None
     has_chat_template: bool = False
     text_encoders: tuple[tuple[str, str], ...] = (("tokenizer", "text_encoder"),)
+    can_end_guidance: bool = False
     patch_size: int = 1
     residual: ValueRange = UNIT_RESIDUAL
     # Single states of large language models reach 1e4 to 1e5; a million is none of them.

@@ -148,6 +148,7 @@ Z_IMAGE_TURBO = ModelFamily(
     quantised_layers=r"(layers|noise_refiner|context_refiner)\.\d+"
     r"\.(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])",
     has_chat_template=True,
+    can_end_guidance=True,
 )
 
 Z_IMAGE = replace(

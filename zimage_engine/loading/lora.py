@@ -95,6 +95,17 @@ def adapted_components(pipeline: Any, name: str) -> set[str]:
     return {component for component, _ in _adapted_by(pipeline, name)}
 
 
+def adapter_bytes(pipeline: Any, name: str) -> int:
+    """What the LoRA of that name takes beside the weights that it adapts."""
+    return sum(
+        weight.nbytes
+        for _, _, layer in _layers(pipeline)
+        for parts in (layer.lora_A, layer.lora_B)
+        if name in parts
+        for weight in parts[name].parameters()
+    )
+
+
 def lora_checker(pipeline: Any) -> Callable[[LoraFeatures], None]:
     """What raises CheckpointDamaged for a file that does not fit `pipeline`, from the file's header alone.
 

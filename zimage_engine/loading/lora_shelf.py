@@ -16,6 +16,7 @@ from zimage_engine.loading.lora import (
     LoraReport,
     activate_loras,
     adapted_components,
+    adapter_bytes,
     apply_loras,
     delete_loras,
     remove_loras,
@@ -55,6 +56,7 @@ class _Kept:
     report: LoraReport
     digest: str
     adapts_text: bool
+    bytes: int
 
 
 def wanted_loras(loras: Sequence[LoraWeight]) -> tuple[WantedLora, ...]:
@@ -83,6 +85,17 @@ class LoraShelf:
     def __len__(self) -> int:
         """How many are on the pipeline, acting or idle."""
         return len(self._kept)
+
+    @property
+    def bytes(self) -> int:
+        """What they take beside the model's own weights, acting or idle."""
+        return sum(kept.bytes for kept in self._kept.values())
+
+    @property
+    def idle_bytes(self) -> int:
+        """What of it does not act at the moment."""
+        acting = {key for key, _ in self._in_force or ()}
+        return sum(kept.bytes for key, kept in self._kept.items() if key not in acting)
 
     def put_on(
         self,
@@ -128,7 +141,8 @@ class LoraShelf:
         for each, report in zip(missing, reports, strict=True):
             components = adapted_components(self._pipeline, report.adapter_name)
             adapts_text = any(component.startswith("text_encoder") for component in components)
-            self._kept[each.key] = _Kept(report, digest_of([each.lora.path]), adapts_text)
+            taken_bytes = adapter_bytes(self._pipeline, report.adapter_name)
+            self._kept[each.key] = _Kept(report, digest_of([each.lora.path]), adapts_text, taken_bytes)
 
     def _leaving(self, staying: Collection[LoraKey], keep_others: bool) -> list[LoraKey]:
         """Which of those that are kept are to go, with `staying` on the pipeline."""

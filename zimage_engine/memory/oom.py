@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from zimage_engine.errors import OutOfMemory
+from zimage_engine.errors import DoesNotFit, OutOfMemory
 from zimage_engine.memory.defrag import Decision, DefragReport, Thresholds, decide, defragment, release_cache
 from zimage_engine.memory.residency import Footprint, OffloadPlan
 from zimage_engine.memory.snapshot import MemorySnapshot, take_snapshot
@@ -52,7 +52,7 @@ class Planner(Protocol):
     def options(
         self, width_px: int, height_px: int, guided: bool, free_bytes: int | None
     ) -> Sequence[OffloadPlan]:
-        """Every plan allowed for this picture, those that fit first and fastest first; DoesNotFit if none.
+        """Every plan under which this picture fits, the fastest first; DoesNotFit if none.
 
         `free_bytes`: what the model may take, its own weights included; None for the CPU.
         """
@@ -62,6 +62,10 @@ class Planner(Protocol):
         self, width_px: int, height_px: int, guided: bool, free_bytes: int
     ) -> tuple[int, int] | None:
         """The largest picture of this shape that fits in `free_bytes`."""
+        ...
+
+    def beside(self, taken_bytes: int) -> Planner:
+        """The same where so much is taken by what it does not know."""
         ...
 
 
@@ -195,7 +199,8 @@ class MemoryKeeper:
     ) -> None:
         self._pipeline = pipeline
         self._footprint = footprint
-        self._planner = planner
+        self._planner = self._planner_alone = planner
+        self._beside_bytes = 0
         self._device = device
         self._cache_folder = cache_folder
         self._thresholds = thresholds
@@ -234,6 +239,23 @@ class MemoryKeeper:
             last_defrag=self._last_defrag,
             ooms=dict(self._ooms),
         )
+
+    def plan_beside(self, taken_bytes: int) -> None:
+        """From the next picture on, so much of the device is taken by what the footprint does not tell of."""
+        if taken_bytes != self._beside_bytes:
+            self._beside_bytes, self._planner = taken_bytes, self._planner_alone.beside(taken_bytes)
+
+    def is_as_fast_beside(self, width_px: int, height_px: int, guided: bool, fewer_bytes: int) -> bool:
+        """Whether this picture would be drawn no faster with no more than `fewer_bytes` taken."""
+        free_bytes = self._free_bytes()
+
+        def speed(planner: Planner) -> float:
+            try:
+                return planner.options(width_px, height_px, guided, free_bytes)[0].relative_speed
+            except DoesNotFit:
+                return 0.0
+
+        return speed(self._planner) >= speed(self._planner_alone.beside(fewer_bytes))
 
     def before(self, width_px: int, height_px: int, guided: bool) -> OffloadPlan:
         """Put a plan in force under which this picture fits. Raises DoesNotFit where none is predicted to,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from zimage_engine.memory.planner import (
@@ -30,10 +30,16 @@ class PlannedOptions:
     #: The device has no memory of its own (CPU, Apple's GPU): there is nothing to move.
     shares_host_memory: bool = False
 
+    def beside(self, taken_bytes: int) -> PlannedOptions:
+        """The same where so much is taken by what the footprint does not tell of, such as LoRAs."""
+        return replace(self, reserve_bytes=self.reserve_bytes + taken_bytes)
+
     def options(
         self, width_px: int, height_px: int, guided: bool, free_bytes: int | None
     ) -> Sequence[OffloadPlan]:
-        """The planner's choice first, then what else fits, the fastest first, then what does not.
+        """The planner's choice first, then what else fits, the fastest first.
+
+        What does not fit is no option: the plan in force is left as soon as it is none any more.
 
         Where a way of offloading was asked for there are only plans of that way. Raises DoesNotFit.
         """
@@ -59,7 +65,7 @@ def _options(
     others = [
         plan
         for plan in all_options(planned.footprint, width_px, height_px, **terms)  # type: ignore[arg-type]
-        if asked.offload in (None, plan.residency)
+        if asked.offload in (None, plan.residency) and (budget is None or plan.peak_bytes <= budget)
     ]
-    others.sort(key=lambda plan: (budget is not None and plan.peak_bytes > budget, -plan.relative_speed))
+    others.sort(key=lambda plan: -plan.relative_speed)
     return (chosen, *others)

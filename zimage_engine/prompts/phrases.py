@@ -65,7 +65,7 @@ class Phrase:
             (
                 folded[found.start() : found.end()]
                 for found in self._pattern.finditer(plain)
-                if not is_negated(plain, found.start()) and not _is_joined_to_negated(plain, found.start())
+                if not is_negated(plain, found.start()) and not is_joined_to_negated(plain, found.start())
             ),
             None,
         )
@@ -106,9 +106,39 @@ def joins(between: str) -> bool:
     return _joining().fullmatch(between) is not None
 
 
-def _is_joined_to_negated(folded: str, start: int) -> bool:
+def is_joined_to_negated(folded: str, start: int) -> bool:
     """Whether a word or two that are warned of are joined to what begins at `start`."""
     return _joined_negation().search(folded, max(0, start - _NEGATION_REACH), start) is not None
+
+
+def is_thing(folded: str, start: int, end: int) -> bool:
+    """Whether the noun there, a style by itself, is something in the picture: "holding a poster".
+
+    `folded` is without case and traditional characters.
+    """
+    noun, placed, styled = _things()
+    if noun.fullmatch(folded, start, end) is None or styled.match(folded, end) is not None:
+        return False
+    return placed.search(folded, max(0, start - _NEGATION_REACH), start) is not None
+
+
+@cache
+def _things() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    """Finds one of the nouns, what places it at the end of a text, and what behind it makes it a style."""
+    rows = read_lexicon_file("things")
+
+    def any_of(name: str) -> str:
+        return "|".join(_one(word) for language in LANGUAGES for word in rows[language][name])
+
+    edge = f"(?![{LATIN}])"
+    plurals = (f"{_one(word).removesuffix(edge)}(?:s|es)?{edge}" for word in rows["en"]["nouns"])
+    nouns = "|".join((*plurals, *(_one(word) for word in rows["zh"]["nouns"])))
+    between = rf"{GAP}(?:(?:{any_of('articles')}){GAP})?(?:[{LATIN}'-]+{GAP})?"
+    return (
+        re.compile(nouns),
+        re.compile(rf"(?:{any_of('placed_by')}){between}\Z"),
+        re.compile(rf"{GAP}(?:{any_of('styles')})"),
+    )
 
 
 @cache

@@ -17,6 +17,7 @@ from zimage_engine.prompts.phrases import (
     LANGUAGES,
     LATIN,
     is_negated,
+    is_thing,
     joins,
     lexicon,
     read_lexicon_file,
@@ -30,6 +31,8 @@ _WORD = rf"[{LATIN}]+(?:'[{LATIN}]+)*"
 _UNIT = re.compile(rf"{_WORD}|[^\s_\-\u00ad\u2010-\u2015\u2212\u200b-\u200d\ufeff]")
 _IS_WORD = re.compile(_WORD)
 _IS_GAP = re.compile(GAP)
+#: What a noun says that is a style elsewhere.
+_THING = ("subject", "subject.thing")
 #: Shorter words run together by chance: "at night" is not looked for as "atnight", "low key" is as "lowkey".
 _SHORTEST_JOINED = 6
 
@@ -71,8 +74,10 @@ def find_words(text: str) -> Iterator[Found]:
         if entry is None:
             index += 1
             continue
-        kind, says, language = entry
         start, end = units[index][1], units[last][2]
+        kind, says, language = entry
+        if kind == "style" and is_thing(folded, start, end):
+            kind, says = _THING
         index = last + 1
         carried = denied is not None and joins(folded[denied:start])
         negated = carried or is_negated(folded, start)

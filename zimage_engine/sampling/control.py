@@ -32,10 +32,18 @@ class DrawingControl:
         on_latents: OnLatents | None = None,
     ) -> None:
         """`deadline_seconds` counts from now; None is no limit."""
-        self._deadline_seconds = deadline_seconds
-        self._ends_at = None if deadline_seconds is None else time.monotonic() + deadline_seconds
+        self.limit(deadline_seconds)
         self._cancelled = threading.Event()
         self._on_step = on_step
+        self._on_latents = on_latents
+
+    def limit(self, deadline_seconds: float | None) -> None:
+        """Let the time that there is count from now; None is no limit."""
+        self._deadline_seconds = deadline_seconds
+        self._ends_at = None if deadline_seconds is None else time.monotonic() + deadline_seconds
+
+    def show(self, on_latents: OnLatents) -> None:
+        """Hear of the latents from here on; for who learns only then what can show them."""
         self._on_latents = on_latents
 
     def cancel(self) -> None:

@@ -21,6 +21,7 @@ from zimage_engine.sampling.device_failure import raise_if_failed
 from zimage_engine.sampling.editing import EditingPipeline, PreparedSource, encoded
 from zimage_engine.sampling.embedding_cache import EmbeddingCache, PromptKey
 from zimage_engine.sampling.guard import StepFault, StepWatch, guarded_scheduler
+from zimage_engine.sampling.known_dtype import dtype_known
 from zimage_engine.sampling.plan import SamplingPlan
 from zimage_engine.sampling.prompt_encoders import Role, encoder_for
 from zimage_engine.sampling.recovery import Facts, Measures, Trip
@@ -297,7 +298,7 @@ class _Drawing:
             start=Measures(float32=self._measures.float32),
         )
         try:
-            with decoder.in_place(), self._own_scheduler():
+            with decoder.in_place(), self._own_scheduler(), dtype_known(self._denoiser):
                 output = self._call()
                 while isinstance(output, StepFault):
                     self._go_back(output)
@@ -333,6 +334,7 @@ class _Drawing:
                     **beginning,
                     num_inference_steps=self._plan.steps,
                     guidance_scale=self._family.to_pipeline_guidance(self._measures.guidance_scale),
+                    **_where_guidance_ends(self._plan),
                     generator=self._watch.generator,
                 )
         except StepFault as fault:
@@ -422,6 +424,11 @@ class _Drawing:
         finally:
             members["scheduler"] = stock
             self._guarded.at_work = self._guarded._pipeline
+
+
+def _where_guidance_ends(plan: SamplingPlan) -> dict[str, float]:
+    """Keyword arguments; nothing where guidance acts to the end, which pipelines that know no other do."""
+    return {"cfg_truncation": plan.guidance_until} if plan.guidance_until < 1 else {}
 
 
 def context_of(measures: Measures) -> Callable[[torch.nn.Module], Any] | None:

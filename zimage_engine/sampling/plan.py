@@ -18,6 +18,8 @@ MAX_GUIDANCE_SCALE = 20.0
 MAX_SEED = 2**32 - 1
 #: Some sixty times what the text encoder reads; a longer one is a mistake, and tokenizing it costs seconds.
 MAX_PROMPT_CHARACTERS = 32_000
+#: A forward pass of so many pixels keeps a device busy; with more nothing is gained, and everybody waits.
+PIXELS_A_PASS = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,9 @@ class SamplingPlan:
     """What will be drawn: no None is left, and every value has been checked.
 
     `guidance_scale` is the conventional w, 1.0 where it is off; `pipeline_guidance` is the same in the
-    stock pipeline's terms. There is one seed for each picture. `warnings` concern values that were
-    allowed but do not draw well. `edit` is None where nothing but the prompt is drawn from.
+    stock pipeline's terms. `guidance_until` is 1.0 where guidance acts in every step. There is one seed for
+    each picture. `warnings` concern values that were allowed but do not draw well. `edit` is None where
+    nothing but the prompt is drawn from.
     """
 
     prompt: str
@@ -40,6 +43,7 @@ class SamplingPlan:
     refine: bool
     warnings: tuple[Notice, ...]
     edit: EditPlan | None = None
+    guidance_until: float = 1.0
 
     @property
     def drawn_steps(self) -> int:
@@ -63,6 +67,7 @@ def resolve(request: GenerationRequest, model: ModelDescription) -> SamplingPlan
     steps = _default(request.num_inference_steps, model.default_steps)
     steps = _whole_number("num_inference_steps", steps, 1, model.max_steps)
     guidance_scale = max(1.0, _guidance(_default(request.guidance_scale, model.default_guidance_scale)))
+    guidance_until = _guidance_until(request.guidance_until, family)
     native_px = (model.native_width, model.native_height)
     default_px = native_px if request.image is None else fitted_size(request.image, model)
     width_px = _side("width", _default(request.width, default_px[0]), model)
@@ -84,7 +89,13 @@ def resolve(request: GenerationRequest, model: ModelDescription) -> SamplingPlan
             *edit_notices,
         ),
         edit=edit,
+        guidance_until=guidance_until,
     )
+
+
+def most_of_size(width_px: int, height_px: int, most: int) -> int:
+    """How many pictures of this size share a forward pass, at most `most` and at least one."""
+    return max(1, min(most, PIXELS_A_PASS // (width_px * height_px)))
 
 
 def _default(asked: Any, default: Any) -> Any:
@@ -157,6 +168,24 @@ def _guidance(value: object) -> float:
     if not (0.0 <= value <= MAX_GUIDANCE_SCALE and math.isfinite(value)):
         raise InvalidRequest(
             f"{parameter} must be from 0 to {MAX_GUIDANCE_SCALE:g} (1 or 0 is off), got {_shown(value)}",
+            parameter,
+        )
+    return float(value)
+
+
+def _guidance_until(value: object, family: ModelFamily) -> float:
+    parameter = "guidance_until"
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise InvalidRequest(
+            f"{parameter} must be a number from 0 to 1 (1 is guidance in every step), got {_shown(value)}",
+            parameter,
+        )
+    if value < 1.0 and not family.can_end_guidance:
+        raise InvalidRequest(
+            f"{parameter} works with Z-Image models; {family.title} is drawn with guidance in every step or "
+            "in none: leave it out, or set guidance_scale to 1",
             parameter,
         )
     return float(value)

@@ -36,20 +36,22 @@ def preview_steps(steps: int, previews: int) -> frozenset[int]:
     return frozenset(step for step in spread if 1 <= step < steps)
 
 
-def preview(pipeline: Any, latents: torch.Tensor) -> Image | None:
-    """The picture that the drawing under way in `pipeline` points to, at most LARGEST_SIDE cells a side.
+def preview(pipeline: Any, latents: torch.Tensor, largest_side: int | None = None) -> Image | None:
+    """The picture that the drawing under way in `pipeline` points to.
+
+    At most `largest_side` cells a side are decoded; None: LARGEST_SIDE.
 
     `latents` are those that its last step has ended with. None where nothing can be shown: the VAE waits on
     the host for its turn, memory does not suffice, or what comes out is not finite. Never raises.
     """
     try:
-        return _shown(pipeline, latents)
+        return _shown(pipeline, latents, LARGEST_SIDE if largest_side is None else largest_side)
     except Exception:  # the picture itself goes on
         logger.warning("a preview could not be made and is left out", exc_info=True)
         return None
 
 
-def _shown(pipeline: Any, latents: torch.Tensor) -> Image | None:
+def _shown(pipeline: Any, latents: torch.Tensor, largest_side: int) -> Image | None:
     from PIL import Image
 
     vae = pipeline.vae
@@ -57,12 +59,12 @@ def _shown(pipeline: Any, latents: torch.Tensor) -> Image | None:
     if weights.device != latents.device:
         return None
     with torch.no_grad():
-        small = _small(clean_latents(pipeline.scheduler, latents))
-        unscaled = _unscaled(small.to(vae.dtype), vae.config)
+        cells = small(clean_latents(pipeline.scheduler, latents), largest_side)
+        decodable = unscaled(cells.to(vae.dtype), vae.config)
         # Past the instance: while a picture is drawn, its `decode` belongs to the guard. Float16 VAEs are
         # known to overflow, and pipelines widen them too.
         with float32.wide(vae) if vae.dtype is torch.float16 else nullcontext():
-            (decoded,) = type(vae).decode(vae, unscaled, return_dict=False)[0]
+            (decoded,) = type(vae).decode(vae, decodable, return_dict=False)[0]
         if finding_in(decoded, math.inf) is not None:
             return None
         pixels = (decoded.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -120,16 +122,17 @@ _CLEAN: Mapping[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
 }
 
 
-def _small(latents: torch.Tensor) -> torch.Tensor:
+def small(latents: torch.Tensor, largest_side: int) -> torch.Tensor:
+    """The latents at no more than so many cells a side, each the mean of those in its place."""
     height, width = latents.shape[-2:]
-    factor = max(height, width) / LARGEST_SIDE
+    factor = max(height, width) / largest_side
     if factor <= 1:
         return latents
     sides = (max(1, round(height / factor)), max(1, round(width / factor)))
     return functional.interpolate(latents, size=sides, mode="area")
 
 
-def _unscaled(latents: torch.Tensor, config: Any) -> torch.Tensor:
+def unscaled(latents: torch.Tensor, config: Any) -> torch.Tensor:
     """As the VAE wants them: the inverse of what its config says that encoding does."""
     mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is None or deviation is None:

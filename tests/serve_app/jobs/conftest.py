@@ -28,7 +28,9 @@ def file_of(folder: Path) -> URL:
 
 @pytest.fixture
 def jobs_settings(settings: Settings, tmp_path: Path) -> Settings:
-    return settings.model_copy(update={"data_dir": tmp_path, "webhook_private_addresses": True})
+    """One after another, so that it is known how many are at work when others wait."""
+    own = {"data_dir": tmp_path, "webhook_private_addresses": True, "max_batch_size": 1}
+    return settings.model_copy(update=own)
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ def drawable(case: Case) -> Case:
     body = case.body
     if case.method == "POST" and isinstance(body, dict) and case.meta.generation.mode is RIGHT:
         body |= {"size": None, "n": None, "num_inference_steps": 1, "model": None, "webhook": None}
+        body |= {"loras": None}
         if body.get("output_format") in (None, "png"):
             body["output_compression"] = None
     return case

@@ -269,14 +269,18 @@ async def test_old_jobs_go_after_a_failure_of_any_kind(
 
 
 async def test_a_server_that_ends_begins_with_no_job_and_loses_none(
-    jobs_service: ImageService, jobs_settings: Settings, store: JobStore
+    worker_handle: serve.handle.DeploymentHandle, jobs_settings: Settings, store: JobStore
 ) -> None:
     draining = Draining(lambda: 0)
-    app = build_asgi_app(jobs_service, jobs_settings, draining=draining)
+    settings = jobs_settings.model_copy(update={"max_batch_size": 1})
+    jobs_service = ImageService(worker_handle, ServerMetrics("test"), settings)
+    app = build_asgi_app(jobs_service, settings, draining=draining)
     async with app.router.lifespan_context(app), client_of(app) as client:
         running = await accepted(store, jobs_service, **LONG)
         await until(store, running.id, ("running",))
         fill = [await accepted(store, jobs_service, **LONG) for _ in range(3)]
+        # Only then is there no room for one of another caller, whose turn would be next.
+        await until_so(lambda: store.census()[0] == {"running": 3, "queued": 1})
         asked = asyncio.create_task(client.post(URL, json=SMALL, headers={"Idempotency-Key": "one"}))
         await until_so(lambda: store.census()[0].get("queued") == 2)
         ended = asyncio.create_task(draining.drain(0.5))
@@ -323,6 +327,44 @@ async def test_who_waits_for_a_key_is_held_to_the_bounds_of_the_queue(
         for answer in await asyncio.gather(*waiting):
             assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
     assert len(looked) < 4, "one looks for all"
+
+
+async def test_in_a_full_queue_a_newcomer_with_a_key_takes_the_place_of_who_has_most(
+    worker_handle: serve.handle.DeploymentHandle, jobs_settings: Settings, store: JobStore
+) -> None:
+    settings = jobs_settings.model_copy(update={"max_queued_requests": 1})
+    app = build_asgi_app(ImageService(worker_handle, ServerMetrics("test"), settings), settings)
+
+    def ask(address: str, key: str) -> asyncio.Task[httpx.Response]:
+        transport = httpx.ASGITransport(app, client=(address, 1))
+
+        async def asked() -> httpx.Response:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                return await client.post(URL, json=SMALL, headers={"Idempotency-Key": key})
+
+        return asyncio.create_task(asked())
+
+    async with app.router.lifespan_context(app):
+        await app.state.jobs._opened()
+        app.state.jobs._runner._is_holding = True  # so that they wait
+        anns = []
+        for number in range(4):  # three for the worker, and one place
+            anns.append(ask("10.0.0.1", f"ann-{number}"))
+            await until_so(lambda number=number: store.census()[0].get("queued") == number + 1)
+        assert (await ask("10.0.0.1", "ann-4")).status_code == 429
+        bob = ask("10.0.0.2", "bob")
+        refused = await anns.pop()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert "others, who have fewer" in refused.json()["error"]["message"]
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert store.census()[0] == {"queued": 4, "cancelled": 1}
+        # Who asks again under a key that is there takes nobody's place.
+        bobs = [bob, ask("10.0.0.2", "bob")]
+        app.state.jobs._runner._is_holding = False
+        for answer in await asyncio.gather(*anns, *bobs):
+            assert answer.status_code == 200, answer.text
+        again = await ask("10.0.0.1", "ann-3")
+        assert (again.status_code, "idempotent-replayed" in again.headers) == (200, False)
 
 
 async def test_the_operators_webhook_is_told_of_each_job_and_to_no_caller(

@@ -6,6 +6,8 @@ import asyncio
 import io
 import json
 import logging
+from base64 import b64decode, b64encode
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from serve_app.jobs import desk
 from serve_app.jobs.store import JobStore, Limits, NewJob
 from serve_app.metrics import JOB_STATUSES, ServerMetrics
 from serve_app.service import ImageService
@@ -247,6 +250,12 @@ async def test_a_picture_that_cannot_be_drawn_from_is_no_job(jobs_client: httpx.
     assert (await jobs_client.get(JOBS)).json()["data"] == []
 
 
+@pytest.fixture
+def counted_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk, "COUNT_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("counted_often")
 async def test_metrics_tell_of_jobs_and_of_webhooks_and_the_log_of_each_job(
     jobs_client: httpx.AsyncClient,
     jobs_service: ImageService,
@@ -283,9 +292,97 @@ async def test_metrics_tell_of_jobs_and_of_webhooks_and_the_log_of_each_job(
     ]
 
 
-async def test_a_picture_is_not_drawn_again_under_a_key(jobs_client: httpx.AsyncClient) -> None:
-    """Whoever sends a key relies on it, and reproducing keeps nothing."""
-    answer = await jobs_client.post(
-        "/v1/images/reproduce", json={"receipt": {}}, headers={"Idempotency-Key": "one"}
-    )
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
+REPRODUCE = "/v1/images/reproduce"
+#: Bodies of `POST /v1/images/reproduce`, from the picture in base64, its receipt, and the edit's source.
+DRAWN_AGAIN: dict[str, Callable[[str, dict[str, Any], str], dict[str, Any]]] = {
+    "file": lambda picture, receipt, source: {
+        "content": b64decode(picture),
+        "headers": {"Content-Type": "image/png"},
+    },
+    "base64": lambda picture, receipt, source: {"json": {"image": picture}},
+    "receipt": lambda picture, receipt, source: {"json": {"receipt": receipt}},
+    "a-lora-that-is-no-more": lambda picture, receipt, source: {
+        "json": {"receipt": receipt | {"loras": [{"name": "gone", "weight": 1.0}]}}
+    },
+    "edit": lambda picture, receipt, source: {"json": {"image": picture, "source": source}},
+    "receipt-of-an-edit": lambda picture, receipt, source: {"json": {"receipt": receipt, "source": source}},
+}
+
+
+@pytest.mark.parametrize("way", DRAWN_AGAIN)
+async def test_a_picture_is_drawn_again_as_a_job_and_under_a_key_as_at_once(
+    jobs_client: httpx.AsyncClient, store: JobStore, way: str
+) -> None:
+    if "edit" in way:
+        path, texts, files = FROM_PICTURES[0]
+        drawn = await jobs_client.post(path, data=texts | {"receipt": "true"}, files=files)
+    else:
+        drawn = await jobs_client.post("/v1/images/generations", json=SMALL | {"receipt": True})
+    told = drawn.json()["data"][0]
+    source = b64encode(FROM_PICTURES[0][2]["image"]).decode()
+    sent = DRAWN_AGAIN[way](told["b64_json"], told["receipt"], source)
+    named = sent.pop("headers", {})
+
+    async def asked(**headers: str) -> httpx.Response:
+        return await jobs_client.post(REPRODUCE, **sent, headers=named | headers)
+
+    plain = await asked()
+    assert plain.json()["identical"] is True, plain.text
+    assert [each["name"] for each in plain.json()["differences"]] == (["loras"] if "lora" in way else [])
+    accepted = await asked(prefer="respond-async")
+    assert (accepted.status_code, accepted.headers["preference-applied"]) == (202, "respond-async")
+    done = await ended(jobs_client, accepted.json()["id"])
+    assert done["result"] == plain.json(), done
+    assert store.files_of(done["id"]) == {}
+    first, second = [await asked(**{"idempotency-key": "one"}) for _ in range(2)]
+    assert first.json() == plain.json()
+    assert (second.text, second.headers["idempotent-replayed"]) == (first.text, "true")
+    other = {"receipt": told["receipt"] | {"seed": 99}, "source": source}
+    again = await jobs_client.post(REPRODUCE, json=other, headers={"Idempotency-Key": "one"})
+    assert (again.status_code, again.json()["error"]["code"]) == (422, "idempotency_key_reused")
+
+
+async def test_what_cannot_be_drawn_again_is_no_job(jobs_client: httpx.AsyncClient) -> None:
+    drawn = await jobs_client.post("/v1/images/generations", json=SMALL | {"receipt": True})
+    receipt = drawn.json()["data"][0]["receipt"]
+    webhook = {"url": "https://example.org/done"}
+    for body, headers, param in (
+        ({"receipt": {}}, {"Prefer": "respond-async"}, "receipt"),
+        ({"image": "bm8gcGljdHVyZQ=="}, {"Idempotency-Key": "one"}, "image"),
+        ({"receipt": receipt | {"edit": {"strength": 0.5}}}, {"Prefer": "respond-async"}, "source"),
+        ({"receipt": receipt, "webhook": "x"}, {"Prefer": "respond-async"}, "webhook"),
+        ({"receipt": receipt, "webhook": webhook}, {"Idempotency-Key": "one"}, "image"),
+    ):
+        answer = await jobs_client.post(REPRODUCE, json=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+    assert (await jobs_client.get(JOBS)).json()["data"] == []
+
+
+@pytest.mark.parametrize(("path", "texts", "files"), FROM_PICTURES[1:], ids=("mask", "variation"))
+async def test_a_form_names_a_webhook_for_its_job_alone(
+    jobs_client: httpx.AsyncClient, path: str, texts: dict[str, str], files: dict[str, bytes]
+) -> None:
+    url = "http://127.0.0.1:9/done"
+
+    async def asked(webhook: str, **headers: str) -> httpx.Response:
+        return await jobs_client.post(path, data=texts | {"webhook": webhook}, files=files, headers=headers)
+
+    accepted = await asked(json.dumps({"url": url}), prefer="respond-async")
+    assert (accepted.status_code, accepted.json()["webhook"]) == (202, {"url": url}), accepted.text
+    await jobs_client.delete(f"{JOBS}/{accepted.json()['id']}")
+    for wrong in (url, "[]", "{", json.dumps({"url": "ftp://example.org"})):
+        refused = await asked(wrong, prefer="respond-async")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "webhook"), refused.text
+    plain = await asked(json.dumps({"url": url}))
+    assert (plain.status_code, plain.json()["error"]["code"]) == (400, "unknown_parameter")
+
+
+async def test_a_prompt_is_enhanced_under_a_key_as_without(jobs_client: httpx.AsyncClient) -> None:
+    """Nothing is drawn or kept, so a client that sends a key with every request is not refused."""
+    for path in ("enhance", "analyze"):
+        answers = [
+            await jobs_client.post(f"/v1/prompts/{path}", json={"prompt": "a fox"}, headers=headers)
+            for headers in ({}, {"Idempotency-Key": "one"}, {"Idempotency-Key": "one"})
+        ]
+        assert len({(each.status_code, each.text) for each in answers}) == 1, path
+        assert answers[0].status_code == 200

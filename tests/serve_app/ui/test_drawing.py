@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +22,13 @@ from serve_app.ui.drawing import (
     Moment,
     Refused,
     Started,
+    Stepped,
     Waiting,
     WaitingForModel,
     draw,
     request_from,
 )
-from serve_app.worker_reply import WorkerReply
+from serve_app.worker_reply import Preview, WorkerReply
 from tests.serve_app.ui.painting_service import MODEL, PaintingService
 from zimage_engine.errors import GenerationCancelled
 from zimage_engine.types import StepProgress
@@ -52,15 +54,45 @@ async def test_every_step_is_told_in_order_and_then_the_picture() -> None:
     service = PaintingService()
     told = await moments(service, ASKED)
     assert told[0] == Started()
-    assert told[1:5] == [StepProgress(1, 1, step, 4) for step in (1, 2, 3, 4)]
-    assert told[5:] == [Drawn(service.replies[0].pictures[0], service.replies[0].report)]
+    steps = [moment for moment in told if isinstance(moment, Stepped)]
+    assert [moment.progress for moment in steps] == [StepProgress(1, 1, step, 4) for step in (1, 2, 3, 4)]
+    assert steps[0].seconds_left is None and steps[-1].seconds_left == 0
+    assert told[-1] == Drawn(service.replies[0].pictures, service.replies[0].report)
+
+
+async def test_every_step_but_the_last_shows_what_is_forming() -> None:
+    told = await moments(PaintingService(step_seconds=0.01), ASKED)
+    previews = [moment for moment in told if isinstance(moment, Preview)]
+    assert [preview.progress.step for preview in previews] == [1, 2, 3]
+    assert len({preview.file for preview in previews}) == 3
+
+
+async def test_who_listens_slowly_hears_every_step_and_the_newest_preview_alone() -> None:
+    told: list[Moment] = []
+    async with aclosing(draw(PaintingService(), ASKED)) as moments:
+        async for moment in moments:
+            told.append(moment)
+            await asyncio.sleep(0.05)
+    assert [moment.progress.step for moment in told if isinstance(moment, Stepped)] == [1, 2, 3, 4]
+    assert [moment.progress.step for moment in told if isinstance(moment, Preview)] == [3]
+
+
+def test_the_time_left_is_that_of_all_the_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((100.0, 102.0, 104.0, 105.0))
+    monkeypatch.setattr(drawing, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    pace = drawing._Pace()
+    ended = ((1, 1), (1, 2), (2, 1))
+    told = [pace.seconds_left(StepProgress(picture, 2, step, 3)) for picture, step in ended]
+    assert told == [None, 2.0 * 4, 4 / 3 * 2]
+    # The first picture once more, on another worker: what was known of the pace is of no use.
+    assert pace.seconds_left(StepProgress(1, 2, 1, 3)) is None
 
 
 async def test_steps_are_told_while_the_drawing_goes_on() -> None:
     service = PaintingService(step_seconds=0.02)
     async with aclosing(draw(service, ASKED)) as told:
         async for moment in told:
-            if isinstance(moment, StepProgress) and moment.step == 2:
+            if isinstance(moment, Stepped) and moment.progress.step == 2:
                 assert not service.replies
                 break
         else:
@@ -71,7 +103,7 @@ async def test_whoever_stops_listening_cancels_the_drawing() -> None:
     service = PaintingService(step_seconds=0.02)
     async with aclosing(draw(service, ASKED)) as told:
         async for moment in told:
-            if isinstance(moment, StepProgress):
+            if isinstance(moment, Stepped):
                 break
     await asyncio.sleep(0.05)
     assert service.cancelled == 1
@@ -183,7 +215,7 @@ async def test_a_failure_on_the_way_is_told_in_plain_words(
 
 async def test_the_place_in_the_queue_is_told_before_the_first_step() -> None:
     told = await moments(PaintingService(place=Place(3, 12.4)), ASKED)
-    assert told[:2] == [Started(), Waiting(3, 12.4)] and isinstance(told[2], StepProgress)
+    assert told[:2] == [Started(), Waiting(3, 12.4)] and isinstance(told[2], Stepped)
 
 
 async def test_the_log_tells_the_request_that_asked_and_no_other() -> None:

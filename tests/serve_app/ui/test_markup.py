@@ -9,13 +9,21 @@ import pytest
 
 from serve_app.image_codec import ImageEncoding
 from serve_app.ui import markup
+from serve_app.ui.drawing import Stepped
+from serve_app.worker_reply import Preview
 from tests.serve_app.ui.painting_service import CARD, MODEL, PaintingService
 from zimage_engine.types import (
     DeviceStatus,
     GenerationReport,
     GenerationRequest,
+    GuardAttempt,
+    GuardTrace,
+    GuardTrip,
     LoraUse,
     Notice,
+    PictureReport,
+    Rewrite,
+    RewriteOutcome,
     StepProgress,
 )
 
@@ -56,15 +64,7 @@ def test_the_badge_reads_as_promised(steps: int, guidance: float, dtype: str, ba
 )
 def test_the_status_line_reads_as_promised(status: DeviceStatus, line: str) -> None:
     assert markup.status_text(status) == line
-    shown = markup.status_line(status, MODEL.id)
-    assert f">{line}</span>" in shown
-    assert (status.plan_because or "") in shown
-
-
-async def test_the_badge_tells_the_defaults_before_and_the_truth_after() -> None:
-    assert "Steps: 8 | CFG: 1.8 | bfloat16" in markup.badge_of_defaults(MODEL)
-    report = await report_of(num_inference_steps=5, guidance_scale=0.0)
-    assert "Steps: 5 | CFG: 1.0 | bfloat16" in markup.badge_of_report(report)
+    assert (status.plan_because or "") in markup.status_hint(status, MODEL.id)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +79,23 @@ async def test_the_badge_tells_the_defaults_before_and_the_truth_after() -> None
     ],
 )
 def test_the_bar_shows_how_far_it_is(step: int, steps: int, text: str, percent: int) -> None:
-    bar = markup.progress_step(StepProgress(1, 1, step, steps), "en")
+    bar = markup.progress_step(Stepped(StepProgress(1, 1, step, steps)), "en")
     assert f"<p>{text}</p>" in bar
     assert f'aria-valuenow="{percent}"' in bar
     assert f"width:{percent}%" in bar
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s left"), (12.1, "13 s left"), (None, "Step 3 of 8: outline</p>")],
+)
+def test_the_bar_tells_the_time_left_where_it_is_known(seconds: float | None, text: str) -> None:
+    assert text in markup.progress_step(Stepped(StepProgress(1, 1, 3, 8), seconds), "en")
+
+
+def test_a_forming_picture_is_within_the_page_itself() -> None:
+    shown = markup.forming(Preview(StepProgress(1, 1, 3, 8), b"\xff\xd8", 64, 48))
+    assert 'src="data:image/jpeg;base64,/9g="' in shown and 'width="64" height="48"' in shown
 
 
 async def test_facts_tell_seed_size_and_seconds() -> None:
@@ -108,6 +121,16 @@ async def test_the_enhancement_lists_what_was_added_and_the_whole_prompts() -> N
     assert f"<p>{report.negative_prompt}</p>" in html
 
 
+@pytest.mark.parametrize(("outcome", "is_shown"), [("used", True), ("number", False)])
+async def test_what_a_language_model_wrote_is_shown_as_that(outcome: RewriteOutcome, is_shown: bool) -> None:
+    report = await report_of(negative_prompt="snow")
+    rewrite = Rewrite("model", outcome, "because")
+    report = replace(report, enhancement=replace(report.enhancement, added=(), rewrite=rewrite))
+    for language, words in (("en", "Rewritten by a language model"), ("zh", "由语言模型改写")):
+        html = markup.enhancement(report, language)
+        assert (f"<h2>{words}</h2><ul><li>{report.prompt}</li>" in html) == is_shown
+
+
 async def test_without_enhancement_the_page_says_so() -> None:
     html = markup.enhancement(await report_of(enhance=False), "en")
     assert "Drawn from your words as they are." in html
@@ -121,6 +144,33 @@ def test_warnings_become_a_calm_box_and_none_none() -> None:
     assert markup.notices_box([], "en") == ""
 
 
+def test_what_the_guard_did_is_told_step_by_step_in_words() -> None:
+    attempts = (
+        GuardAttempt("same_inputs", "failed", 0.1),
+        GuardAttempt("plain_attention", "skipped", 0.0, "it is plain already"),
+        GuardAttempt("float32", "recovered", 0.2),
+    )
+    trips = (
+        GuardTrip("denoise", 3, "nan", attempts),
+        GuardTrip("picture", None, "picture_noise", (GuardAttempt("moon_phase", "recovered", 0.1),)),
+    )
+    picture = PictureReport(1, 1.0, 0.1, 0.8, 0.1, guard=GuardTrace(trips))
+    clean = PictureReport(2, 1.0, 0.1, 0.8, 0.1)
+    assert markup.guard_trace([picture], "en") == [
+        "Step 3: the denoiser's output was not a number. "
+        "Tried: the same once more (this did not), computing in float32 (this helped).",
+        "The finished picture looked wrong. Tried: moon phase (this helped).",
+    ]
+    told = markup.guard_trace([clean, picture], "zh")
+    assert told[0] == (
+        "第 2 张，第 3 步：去噪网络的输出不是有效数字。"
+        "尝试过：用相同的输入重算（无效）、改用 float32 计算（有效）。"
+    )
+    assert markup.guard_trace([clean], "en") == []
+    box = markup.notices_box([Notice("x", "first")], "en", [HOSTILE])
+    assert "<details>" in box and "<img" not in box
+
+
 @pytest.mark.parametrize(("theirs", "title"), [(True, "One thing to change"), (False, "That did not work")])
 def test_a_refusal_says_whether_the_person_can_mend_it(theirs: bool, title: str) -> None:
     assert f"<strong>{title}</strong><p>because</p>" in markup.refusal_box(["because"], theirs, "en")
@@ -132,10 +182,11 @@ async def test_nothing_that_people_wrote_is_markup_or_template() -> None:
         markup.enhancement(report, "en"),
         markup.refusal_box([HOSTILE], True, "en"),
         markup.notices_box([Notice("x", HOSTILE)], "en"),
-        markup.status_line(replace(CARD, name=HOSTILE, plan=HOSTILE, plan_because=HOSTILE), HOSTILE),
+        markup.facts(report, "en", [{"id": None, "parameters": {"prompt": HOSTILE}}]),
+        markup.several_pictures([markup.SeveralPicture(HOSTILE, 1)], HOSTILE, "en"),
     ]
     for piece in pieces:
-        assert "<img" not in piece
+        assert "<img src=x" not in piece
         assert 'onerror="' not in piece
         assert "${" not in piece
         assert "{{" not in piece

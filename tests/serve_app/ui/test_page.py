@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import html
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +15,20 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
+from serve_app import openai_schema
+from serve_app.history.history import Bounds, History
 from serve_app.image_codec import read_parameters
+from serve_app.live_settings import at_start
+from serve_app.model_list import ModelState
 from serve_app.queueing import Place
-from serve_app.settings import Settings
+from serve_app.settings import Settings, load_settings
 from serve_app.ui import build_page, mount_page
+from serve_app.ui.status import KEPT_SECONDS, PageStatus, status_routes
 from tests.serve_app.ui.painting_service import PaintingService
+from zimage_engine.types import LoraChoice
 
-PROMPT, NEGATIVE, ENHANCE, REFINE, SIZE, STEPS, GUIDANCE, SEED, LOCALE = range(9)
-CONTROLS = ("a red circle", "", True, True, "256x256", 8, 1.8, "", "en")
+PROMPT, NEGATIVE, ENHANCE, REFINE, SIZE, STEPS, GUIDANCE, SEED, MORE, LOCALE = range(10)
+CONTROLS = ("a red circle", "", True, True, "256 × 256", 8, 1.8, "", "", "en")
 
 
 def handler(blocks: Any, name: str) -> Any:
@@ -27,28 +37,34 @@ def handler(blocks: Any, name: str) -> Any:
 
 
 def by_id(updates: dict[Any, Any]) -> dict[str, Any]:
-    """Updates under the components' ids; an update that is itself a component under its value."""
+    """The values of updates under the components' ids, be they plain updates or components."""
     return {
-        component.elem_id: getattr(update, "value", update)
+        component.elem_id: update["value"] if isinstance(update, dict) else update.value
         for component, update in updates.items()
         if component.elem_id
     }
 
 
-async def drawn(service: PaintingService, **changes: Any) -> list[dict[str, Any]]:
+async def drawn(
+    service: PaintingService, history: History | None = None, **changes: Any
+) -> list[dict[str, Any]]:
     values = [changes.get(str(place), value) for place, value in enumerate(CONTROLS)]
-    return [by_id(updates) async for updates in handler(build_page(service), "on_draw")(*values)]
+    return [by_id(updates) async for updates in handler(build_page(service, history), "on_draw")(*values)]
 
 
-async def test_a_drawing_shows_steps_then_picture_badge_facts_and_status() -> None:
+def told_to_scripts(facts: str) -> list[dict[str, Any]]:
+    (attribute,) = re.findall(r'data-drawn="([^"]*)"', facts)
+    told: list[dict[str, Any]] = json.loads(html.unescape(attribute))
+    return told
+
+
+async def test_a_drawing_shows_steps_then_picture_and_facts() -> None:
     service = PaintingService()
     updates = await drawn(service)
     bars = [update["progress"] for update in updates if "progress" in update]
     assert [f"Step {step} of 8" in bar for step, bar in enumerate(bars[1:8], start=1)] == [True] * 7
     assert bars[-1] == ""
     shown = {key: value for update in updates for key, value in update.items()}
-    assert "Steps: 8 | CFG: 1.8 | bfloat16" in shown["badge"]
-    assert "GPU: CUDA OK | VRAM: 5.2/12.0 GB" in shown["status"]
     assert str(service.replies[0].report.pictures[0].seed) in shown["facts"]
     assert "masterpiece" in shown["enhancement"]
     assert shown["message"] == ""
@@ -129,38 +145,132 @@ async def test_the_locale_of_the_browser_words_the_answer() -> None:
     assert "步数不在推荐范围内" in shown["message"]
 
 
-async def test_while_the_model_loads_the_page_says_so_and_asks_again() -> None:
-    refresh = handler(build_page(PaintingService(loaded=False)), "on_refresh")
-    updates = await refresh(None, 8, 1.8, "en")
-    shown = by_id(updates)
-    assert "The model is loading…" in shown["status"]
-    assert "The model is loading…" in shown["loading"]
-    assert "badge" not in shown
-    assert [update.active for update in updates.values() if hasattr(update, "active")] == [True]
+async def test_scripts_are_told_the_parameters_that_draw_the_picture_again() -> None:
+    service = PaintingService()
+    more = {"n": 2, "loras": [{"name": "ink", "weight": 0.5}], "model": "disc-painter"}
+    changes = {str(NEGATIVE): " blurry ", str(SEED): "7", str(SIZE): "", str(MORE): json.dumps(more)}
+    shown = {key: value for update in await drawn(service, **changes) for key, value in update.items()}
+    (request,) = service.requests
+    assert (request.n, request.model, request.loras) == (2, "disc-painter", (LoraChoice("ink", 0.5),))
+    same = {
+        "prompt": "a red circle",
+        "negative_prompt": "blurry",
+        "size": "256x256",
+        "num_inference_steps": 8,
+        "guidance_scale": 1.8,
+        "enhance": True,
+        "refine": True,
+        "loras": [{"name": "ink", "weight": 0.5}],
+        "model": "disc-painter",
+    }
+    assert told_to_scripts(shown["facts"]) == [
+        {"id": None, "parameters": {**same, "seed": 7}},
+        {"id": None, "parameters": {**same, "seed": 8}},
+    ]
+    openai_schema.parse(same)
 
 
-async def test_once_the_model_is_there_the_page_offers_its_sizes_and_rests() -> None:
-    refresh = handler(build_page(PaintingService()), "on_refresh")
-    updates = await refresh(None, 8, 1.8, "en")
-    shown = by_id(updates)
-    assert shown["loading"] == ""
-    assert "Steps: 8 | CFG: 1.8 | bfloat16" in shown["badge"]
-    assert shown["size"] == "256x256"
-    (sizes,) = [update.choices for update in updates.values() if hasattr(update, "choices")]
-    assert sizes[0] == ("256 × 256 (native)", "256x256")
-    assert [update.active for update in updates.values() if hasattr(update, "active")] == [False]
+async def test_several_pictures_stand_together_each_with_its_seed_and_file() -> None:
+    service = PaintingService()
+    changes = {str(SEED): "41", str(MORE): '{"n": 3}'}
+    shown = {key: value for update in await drawn(service, **changes) for key, value in update.items()}
+    assert re.findall(r"<b>(\d+)</b>", shown["pictures"]) == ["41", "42", "43"]
+    paths = re.findall(r'href="/gradio_api/file=([^"]+)"', shown["pictures"])
+    assert [Path(path).read_bytes() for path in paths] == list(service.replies[0].pictures)
+    assert all((read_parameters(Path(path).read_bytes()) or "").count("Seed: 4") for path in paths)
+    one = {key: value for update in await drawn(service) for key, value in update.items()}
+    assert one["pictures"] == ""
 
 
-async def test_what_a_person_has_set_stays_when_the_model_comes() -> None:
-    shown = by_id(await handler(build_page(PaintingService()), "on_refresh")("320x224", 12, 1.0, "en"))
-    assert shown["size"] == "320x224"
-    assert "steps" not in shown
-    assert "guidance" not in shown
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ('{"n": 11}', "n must be at most 10"),
+        ("[]", "must be a JSON object"),
+        ('{"model": 3}', "model must be text"),
+    ],
+)
+async def test_what_no_script_of_the_page_sends_is_refused(more: str, words: str) -> None:
+    service = PaintingService()
+    shown = {
+        key: value for update in await drawn(service, **{str(MORE): more}) for key, value in update.items()
+    }
+    assert words in shown["message"] and not service.requests
 
 
-async def test_a_device_that_does_not_answer_is_said_to_be_unknown() -> None:
-    shown = by_id(await handler(build_page(PaintingService(status=None)), "on_refresh")(None, 8, 1.8, "en"))
-    assert "Device: not known" in shown["status"]
+async def test_each_picture_is_kept_in_the_history(tmp_path: Path) -> None:
+    bounds = Bounds(pictures=10, size_bytes=2**20, seconds=1e6)
+    history = History(f"sqlite:///{tmp_path / 'index.sqlite'}", tmp_path / "pictures", bounds)
+    service = PaintingService()
+    try:
+        changes = {str(SEED): "5", str(MORE): '{"n": 2}'}
+        updates = await drawn(service, history, **changes)
+        shown = {key: value for update in updates for key, value in update.items()}
+        ids = [each["id"] for each in told_to_scripts(shown["facts"])]
+        assert [await history.picture("", id) for id in ids] == list(service.replies[0].pictures)
+        kept, _ = await history.page("", 10)
+        assert {picture.parameters["seed"] for picture in kept} == {5, 6}
+    finally:
+        await history.close()
+
+
+def status_of(service: PaintingService) -> dict[str, Any]:
+    app = FastAPI()
+    app.include_router(status_routes(service))
+    answer = TestClient(app).get("/page/status")
+    assert answer.headers["cache-control"] == "no-store"
+    told: dict[str, Any] = answer.json()
+    return told
+
+
+def test_the_status_tells_the_device_the_queue_and_what_the_model_draws_well() -> None:
+    told = status_of(PaintingService(workers=2, drawing=3, waiting=1))
+    assert told["device"] == "GPU: CUDA OK | VRAM: 5.2/12.0 GB"
+    assert (told["state"], told["workers"], told["drawing"], told["waiting"]) == ("ready", 2, 3, 1)
+    model = told["model"]
+    assert (model["steps"], model["guidance"], model["dtype"]) == (8, 1.8, "bfloat16")
+    assert (model["good_steps"], model["good_guidance"]) == ([4, 12], [1.5, 2.5])
+    assert model["sizes"]["1:1"] == model["native"] == [256, 256]
+    assert told["models"] == [] and told["default_enhance"] is True
+
+
+def test_the_status_tells_the_models_of_the_list_and_how_far_they_are() -> None:
+    loading = ModelState("sketch", (), "loading", "a", progress=0.4)
+    first, second = status_of(PaintingService(others=(loading,)))["models"]
+    assert (first["state"], first["model"]["id"]) == ("ready", "disc-painter")
+    assert (second["state"], second["progress"], second["model"]) == ("loading", 0.4, None)
+
+
+def test_defaults_that_change_while_the_server_runs_reach_open_pages() -> None:
+    live = at_start(load_settings()).model_copy(update={"default_enhance": False})
+    assert status_of(PaintingService(live=live))["default_enhance"] is False
+
+
+def test_while_the_model_loads_the_status_says_so() -> None:
+    assert status_of(PaintingService(loaded=False))["state"] == "loading"
+
+
+def test_a_device_that_does_not_answer_is_said_to_be_unknown() -> None:
+    told = status_of(PaintingService(status=None))
+    assert (told["state"], told["device"]) == ("unknown", None)
+
+
+async def test_a_service_that_cannot_be_asked_is_unknown_and_workers_are_asked_once_for_all_pages() -> None:
+    class Counting(PaintingService):
+        asked = 0
+
+        async def device_status(self) -> Any:
+            self.asked += 1
+            if self.asked > 1:
+                raise RuntimeError("secrets")
+            return self.status
+
+    service, now = Counting(), [0.0]
+    status = PageStatus(service, clock=lambda: now[0])
+    answers = await asyncio.gather(*(status.tell() for _ in range(5)))
+    assert service.asked == 1 and all(answer["state"] == "ready" for answer in answers)
+    now[0] = KEPT_SECONDS
+    assert await status.tell() == {"state": "unknown"}
 
 
 @pytest.fixture

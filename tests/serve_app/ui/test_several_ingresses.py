@@ -49,7 +49,8 @@ def call(client: httpx.Client, session: str, fn_index: int, values: list[Any]) -
 def test_pages_of_many_addresses_reach_two_ingresses_and_no_call_fails(server: RunningServer) -> None:
     with httpx.Client(base_url=server.base_url, timeout=120) as client:
         dependencies = client.get("/config").json()["dependencies"]
-    (refresh,) = [each["id"] for each in dependencies if len(each["inputs"]) == 4]
+    # What the button to stop leads to is the page's one call that draws nothing.
+    (stop,) = [each["id"] for each in dependencies if each["backend_fn"] and len(each["inputs"]) == 1]
     calls = 0
     for address in PAGES:
         transport = httpx.HTTPTransport(
@@ -57,8 +58,9 @@ def test_pages_of_many_addresses_reach_two_ingresses_and_no_call_fails(server: R
         )
         with httpx.Client(base_url=server.base_url, transport=transport, timeout=120) as page:
             for _ in range(CALLS_A_PAGE):
-                done = call(page, f"page-{address}", refresh, [None, 8, 1.8, "en"])
-                assert "tiny-z-image" in json.dumps(done["output"])
+                done = call(page, f"page-{address}", stop, ["en"])
+                assert "Stopped" in json.dumps(done["output"])
+                assert page.get("/page/status").json()["model"]["id"] == "tiny-z-image"
                 calls += 1
             drawn = page.post("/v1/images/generations", json={"prompt": "a red circle", "size": "64x64"})
             assert drawn.status_code == 200, drawn.text

@@ -12,6 +12,7 @@ from serve_app.ui.texts import (
     MESSAGES,
     NOTICES_IN_CHINESE,
     REFUSALS_IN_CHINESE,
+    SCRIPT_TEXTS,
     Text,
     language_of,
     notice_sentence,
@@ -24,7 +25,11 @@ from zimage_engine import quality
 from zimage_engine.sampling.plan import resolve
 from zimage_engine.types import GenerationRequest, Notice
 
-ALL = [pytest.param(text, id=key) for key, text in (LABELS | MESSAGES).items()]
+ALL = [
+    pytest.param(text, id=f"{table}: {key}")
+    for table, texts in (("label", LABELS), ("message", MESSAGES), ("script", SCRIPT_TEXTS))
+    for key, text in texts.items()
+]
 
 
 def fields(sentence: str) -> set[str | None]:

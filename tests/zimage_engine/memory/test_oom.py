@@ -64,6 +64,9 @@ class Offered:
         self.asked_for_size.append(free_bytes)
         return (32, 32)
 
+    def beside(self, taken_bytes: int) -> Offered:
+        return self
+
 
 @pytest.mark.parametrize(
     ("stage", "taken", "current", "rung", "plan"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zimage_engine.prompts.analyzer import analyze
-from zimage_engine.prompts.phrases import LANGUAGES
+from zimage_engine.prompts.phrases import LANGUAGES, read_lexicon_file
 from zimage_engine.types import Kind
 
 ALL_KINDS = {"subject", "style", "material", "light", "scene", "quality", "quoted"}
@@ -144,6 +144,36 @@ def test_brackets_weigh_what_they_hold(prompt: str, weight: float) -> None:
 )
 def test_what_is_warned_of_is_told_apart(prompt: str, negated: list[bool]) -> None:
     assert [span.is_negated for span in analyze(prompt)] == negated
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "kind"),
+    [
+        ("a girl holding a poster", "poster", "subject"),
+        ("a girl holding her old comic books", "comic books", "subject"),
+        ("moonlight on a van with logos", "logos", "subject"),
+        ("a dress with a floral pattern", "pattern", "subject"),
+        ("two people looking at an oil painting", "oil painting", "subject"),
+        ("男孩拿着一张海报", "海报", "subject"),
+        ("墙上挂着油画", "油画", "subject"),
+        ("sticker of a fox", "sticker", "style"),
+        ("a boy in a hat, comic book", "comic book", "style"),
+        ("a fox with a poster design", "poster", "style"),
+        ("kawaii sticker", "sticker", "style"),
+        ("海报，男孩", "海报", "style"),
+        ("拿着海报风格的书", "海报", "style"),
+    ],
+)
+def test_a_noun_is_a_style_where_it_is_no_thing_in_the_picture(prompt: str, word: str, kind: Kind) -> None:
+    assert kind in [span.kind for span in analyze(prompt) if span.text == word]
+
+
+def test_nouns_that_are_things_at_times_are_styles_of_the_lexicons() -> None:
+    for language in LANGUAGES:
+        rows = read_lexicon_file("things")[language]
+        for noun in rows["nouns"]:
+            assert "style" in [span.kind for span in analyze(noun)], noun
+            assert "style" not in [span.kind for span in analyze(f"{rows['placed_by'][0]} {noun}")], noun
 
 
 def test_both_lexicons_speak_of_the_same_things_and_no_word_stands_in_two_places() -> None:

@@ -11,6 +11,7 @@ import pytest
 from zimage_engine.prompts.analyzer import analyze
 from zimage_engine.prompts.enhancer import enhance
 from zimage_engine.prompts.language import language_of
+from zimage_engine.prompts.llm_check import objection_to
 from zimage_engine.prompts.phrases import Phrase, lexicon
 
 ROWS: list[dict[str, Any]] = tomllib.loads((Path(__file__).parent / "real_prompts.toml").read_text("utf-8"))[
@@ -37,6 +38,12 @@ def test_a_real_prompt_is_read_and_enhanced_as_a_person_would(row: dict[str, Any
     left_out = {line.partition(": ")[0] for line in row["leaves_out"]}
     assert enhanced.prompt == joined(row["text"], words.positive, left_out, words.separator)
     assert enhanced.negative_prompt == joined("", words.negative, left_out, words.separator)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["text"][:40])
+def test_what_the_rules_make_of_it_a_language_model_might_have_written_too(row: dict[str, Any]) -> None:
+    assert objection_to(row["text"], row["text"]) is None
+    assert objection_to(row["text"], enhance(row["text"], None).prompt) is None
 
 
 def test_the_table_is_as_broad_as_it_has_to_be() -> None:

@@ -1,0 +1,59 @@
+"""An image worker in this process, without Ray or HTTP, and many who ask it at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from serve_app.image_codec import ImageEncoding
+from serve_app.settings import Settings
+from serve_app.worker import ImageWorker
+from zimage_engine.bench.measuring import Crowd
+from zimage_engine.engine import Engine
+from zimage_engine.types import GenerationRequest
+
+
+class LoadedWorker:
+    """Draws with an engine that is there already. To be used from one thread, as a context."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._runner = asyncio.Runner()
+        self._worker = ImageWorker.__new__(ImageWorker)
+
+    def __enter__(self) -> LoadedWorker:
+        self._runner.run(_made(self._worker, self._settings, self._engine))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runner.close()
+
+    def draw_at_once(self, requests: Sequence[GenerationRequest], at_once: int) -> Crowd:
+        """`at_once` clients share the requests: each sends its next one when it has its PNG."""
+        return self._runner.run(self._drawn(list(requests), at_once))
+
+    async def _drawn(self, requests: list[GenerationRequest], at_once: int) -> Crowd:
+        waiting, waits = iter(requests), []
+        encoding = ImageEncoding("png")
+
+        async def client() -> None:
+            for request in waiting:
+                sent = time.perf_counter()
+                await self._worker.generate(request, encoding)
+                waits.append(time.perf_counter() - sent)
+
+        began = time.perf_counter()
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(at_once):
+                clients.create_task(client())
+        return Crowd(time.perf_counter() - began, tuple(waits))
+
+
+async def _made(worker: ImageWorker, settings: Settings, engine: Engine) -> None:
+    """As Serve makes one: it awaits what is usually not awaited."""
+    await worker.__init__(settings, lambda _: engine)  # type: ignore[misc]
