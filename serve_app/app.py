@@ -63,7 +63,7 @@ def build(settings: Settings) -> "Application":
         autoscaling_config=growth(settings),
         # Not None: one that is taken out of the configuration leads back to the settings of the start.
         user_config={},
-        max_ongoing_requests=WORKER_ONGOING_REQUESTS,
+        max_ongoing_requests=WORKER_ONGOING_REQUESTS + settings.max_batch_size - 1,
         # The ingress' own queue is the bounded one, and hands over no more than the workers have room for.
         max_queued_requests=-1,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_SECONDS,

@@ -25,6 +25,9 @@ EXIT_INTERRUPTED = 130
 #: What `--tiny` draws, where nothing else is said.
 TINY_SIDE_PX, TINY_STEPS = 64, 2
 
+#: Of requests at once, how many share a forward pass at most: `max_batch_size` of the worker that draws them.
+SHARING_A_PASS = 8
+
 
 def bench(
     model: Annotated[
@@ -235,7 +238,7 @@ def _measured(wishes: BenchWishes, load: Any) -> dict[str, Any]:
     from zimage_engine.bench.measuring import measure
 
     # As it is without any setting: limits in the environment are the server's, and nothing of this machine.
-    with LoadedWorker(loaded.engine, Settings.model_construct()) as worker:
+    with LoadedWorker(loaded.engine, Settings.model_construct(max_batch_size=SHARING_A_PASS)) as worker:
         return measure(
             loaded,
             wishes,

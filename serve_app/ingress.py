@@ -93,7 +93,7 @@ def build_asgi_app(
     app.state.jobs = JobDesk(service, settings, app.state.results)
     # The history's files in other formats are made here; what is given out as drawn is signed already.
     app.state.signing = Finisher.of(settings).signing
-    app.state.history = history_of(settings, service.metrics.record_history_not_kept)
+    app.state.history = history_of(settings, lambda: service.metrics.record_history_not_kept())
     for routes in (
         docs,
         files,

@@ -335,7 +335,10 @@ WORKER_ROWS = (
     ),
     MetricRow("zimage_model_repairs", Gauge, "repairs", "Repairs that the checkpoint needed to be loaded."),
     MetricRow(
-        "zimage_denoiser_passes", Counter, "passes", "Forward passes of the denoiser; retries count too."
+        "zimage_denoiser_passes",
+        Counter,
+        "passes",
+        "Forward passes of the denoiser, each a step of one or more pictures.",
     ),
     MetricRow(
         "zimage_denoiser_pass_pictures",

@@ -227,7 +227,7 @@ class ImageService:
                     ) as ticket:
                         ready = _ready_to_draw(request, plan, enhanced, self._budget)
                         reply = await self._drawn(request, ready, plan, encoding, watcher)
-                        self._queue.pace.learn(work, reply.report.seconds / reply.report.sharing)
+                        self._queue.pace.learn(work, reply.report.device_seconds or reply.report.seconds)
                     self._count_workers_soon()
             report = self._with_enhancement(reply.report, enhanced)
             seconds = time.monotonic() - started

@@ -178,12 +178,11 @@ class Settings(BaseSettings):
         description="Threads that a worker computes with; empty: every core that the process may use, shared "
         "out among num_replicas.",
     )
-    max_batch_size: int | None = Field(
-        default=None,
+    max_batch_size: int = Field(
+        default=1,
         ge=1,
         le=64,
-        description="Requests of one size that share each forward pass at most; 1 draws one after another. "
-        "Empty: 8 on a CPU, where each picture stays bit for bit the same, and 1 elsewhere.",
+        description="Requests of one size that share each forward pass at most; 1 draws one after another.",
     )
     default_steps: int | None = Field(
         default=None,

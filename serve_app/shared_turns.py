@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
@@ -26,37 +27,44 @@ if TYPE_CHECKING:
     from zimage_engine.sampling.company import Verdicts
     from zimage_engine.together import Asked, Together
 
-#: How many share a forward pass on a CPU, where each picture comes out bit for bit as alone.
-MOST_ON_A_CPU = 8
+#: So long after the first began others may join; then the turn goes round, whoever comes.
+JOINING_SECONDS = 20.0
 
 
-def most_together(asked: int | None, model: ModelDescription) -> int:
-    """How many requests share a forward pass: as asked for, else as many as gain by it for nothing.
-
-    On a CPU in a half precision a pass for eight takes clearly less than eight passes, and the pictures stay
-    the same. Elsewhere they may change in their last bits, so there it has to be asked for.
-    """
-    if not model.shares_passes:
-        return 1
-    if asked is not None:
-        return asked
-    return MOST_ON_A_CPU if model.device == "cpu" and model.dtype == "bfloat16" else 1
+def most_together(asked: int, model: ModelDescription) -> int:
+    """How many requests share a forward pass: as asked for, where the model can."""
+    return asked if model.shares_passes else 1
 
 
 class Turn:
-    """A lock that tells whether somebody waits for it."""
+    """A lock whose line can be seen."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
-        self.waiting = 0
+        self._line: list[object] = []
 
-    async def acquire(self) -> None:
-        """Returns with the lock; first come, first served."""
-        self.waiting += 1
+    @property
+    def waiting(self) -> int:
+        """How many wait for it."""
+        return len(self._line)
+
+    def is_next(self, who: object) -> bool:
+        """Whether nobody waits for it longer."""
+        return bool(self._line) and self._line[0] is who
+
+    def skip(self, who: object) -> None:
+        """Who waits needs it no more; it is still to be cancelled."""
+        self._line.remove(who)
+
+    async def acquire(self, who: object = None) -> None:
+        """Returns with the lock; first come, first served. `who` stands for the caller in the line."""
+        who = object() if who is None else who
+        self._line.append(who)
         try:
             await self._lock.acquire()
         finally:
-            self.waiting -= 1
+            if who in self._line:
+                self._line.remove(who)
 
     def release(self) -> None:
         """Whoever waits longest is next."""
@@ -86,6 +94,16 @@ class ToDraw:
     alone: bool = False
 
 
+@dataclass(eq=False)
+class _Waiter:
+    """One who waits for the turn, or for being taken along by who has it."""
+
+    engine: Engine
+    todo: ToDraw
+    end: asyncio.Future[GenerationResult]
+    joined: asyncio.Future[None]
+
+
 class SharedTurns:
     """Who draws when; to be used in one event loop, while engines draw in `device_thread` alone."""
 
@@ -93,13 +111,13 @@ class SharedTurns:
         self,
         turn: Turn,
         device_thread: Executor,
-        most: int | None,
+        most: int,
         on_busy: Callable[[bool], None] = lambda busy: None,
         on_pass: Callable[[int], None] = lambda drawings: None,
         on_failed: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        """`most` share a forward pass, None: `most_together`. `on_busy` hears whether anything is being
-        drawn when that may have changed; `on_pass` of each forward pass, in the device's thread, how many
+        """`most` share a forward pass. `on_busy` hears whether anything is being drawn when that may have
+        changed; `on_pass` of each forward pass that could be shared, in the device's thread, how many
         drawings it was for; `on_failed` each error that a drawing ends with, also where nobody waits for it.
         """
         self._turn = turn
@@ -109,9 +127,13 @@ class SharedTurns:
         self._on_pass = on_pass
         self._on_failed = on_failed
         self._open: _Table | None = None
+        self._waiters: deque[_Waiter] = deque()
         self._under_way = 0
         self._verdicts: WeakKeyDictionary[Engine, Verdicts] = WeakKeyDictionary()
-        self._tasks: set[asyncio.Task[None]] = set()
+
+    def most_for(self, engine: Engine) -> int:
+        """How many requests of one engine's are drawn at once at most."""
+        return most_together(self._most, engine.description)
 
     async def draw(
         self, engine: Engine, todo: ToDraw, on_turn: Callable[[], Awaitable[None]]
@@ -120,113 +142,175 @@ class SharedTurns:
 
         Cancelling stops this drawing after its current step, and returns when it has stopped.
         """
-        end: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
-        table = self._open
-        if (
-            table is not None
-            and not (todo.alone or self._turn.waiting)
-            and table.takes(engine, todo)
-            and table.add(self._asked(todo, end), end)
-        ):
-            self._count(1)
-            return await self._drawn(end, todo, on_turn)
-        await self._turn.acquire()
+        loop = asyncio.get_running_loop()
+        waiter = _Waiter(engine, todo, loop.create_future(), loop.create_future())
+        if not self._turn.waiting and self._joins(waiter):
+            return await self._drawn(waiter, on_turn)
+        self._waiters.append(waiter)
+        turn = asyncio.ensure_future(self._turn.acquire(waiter))
+        try:
+            await asyncio.wait({turn, waiter.joined}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            self._forget(waiter)
+            await self._give_back(turn)
+            if waiter.joined.done():
+                todo.control.cancel()
+                await until_done(waiter.end)
+            raise
+        self._forget(waiter)
+        if waiter.joined.done():
+            await self._give_back(turn)
+            return await self._drawn(waiter, on_turn)
         try:
             await on_turn()
-            table = _Table(engine, todo, self._together(engine))
-            table.add(self._asked(todo, end), end)
-            self._count(1)
-            task = asyncio.create_task(self._serve(table))
+            self._begin(waiter)
         except BaseException:
             self._turn.release()
             raise
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await _ended(end, todo.control)
+        return await _ended(waiter.end, todo.control)
 
-    async def _drawn(
-        self, end: asyncio.Future[GenerationResult], todo: ToDraw, on_turn: Callable[[], Awaitable[None]]
-    ) -> GenerationResult:
+    def _forget(self, waiter: _Waiter) -> None:
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+
+    async def _give_back(self, turn: asyncio.Future[None]) -> None:
+        """Wait for the turn no more; who had it by now lets it go."""
+        turn.cancel()
+        while not turn.done():
+            try:
+                await asyncio.wait({turn})
+            except asyncio.CancelledError:
+                continue
+        if not turn.cancelled() and turn.exception() is None:
+            self._turn.release()
+
+    async def _drawn(self, waiter: _Waiter, on_turn: Callable[[], Awaitable[None]]) -> GenerationResult:
         """What is drawn beside others, which do not wait for what is done when it begins."""
         try:
             await on_turn()
         except BaseException:
-            todo.control.cancel()
-            await until_done(end)
+            waiter.todo.control.cancel()
+            await until_done(waiter.end)
             raise
-        return await _ended(end, todo.control)
+        return await _ended(waiter.end, waiter.todo.control)
 
-    def _together(self, engine: Engine) -> Together:
+    def _begin(self, waiter: _Waiter) -> None:
+        """Draw it, and whoever of those next in line can be drawn beside it; then the turn is given back."""
+        table = _Table(waiter.engine, waiter.todo, self._together(waiter))
+        self._sit_down(table, waiter)
+        self._open = table
+        self._take_along()
+        working = asyncio.get_running_loop().run_in_executor(self._device_thread, self._work, table)
+        working.add_done_callback(lambda _: self._close(table, working))
+
+    def _close(self, table: _Table, working: asyncio.Future[None]) -> None:
+        error = None if working.cancelled() else working.exception()
+        for end in tuple(table.members):  # none, but for an error of ours: nobody waits for ever
+            self._tell(table, end, error or RuntimeError("the drawing ended without an answer"))
+        self._open = None
+        self._turn.release()
+
+    def _together(self, waiter: _Waiter) -> Together | None:
+        """None: it is drawn beside nobody."""
+        engine = waiter.engine
+        if waiter.todo.alone or self.most_for(engine) < 2:
+            return None
         from zimage_engine.together import Together
 
-        most = most_together(self._most, engine.description)
         # What a person asked for on a device with memory of its own is not compared bit by bit.
         is_exact = engine.description.device == "cpu"
         verdicts = self._verdicts.setdefault(engine, {}) if is_exact else None
-        return Together(engine, most, verdicts, self._on_pass)
+        return Together(engine, self.most_for(engine), verdicts, self._on_pass)
 
-    def _asked(self, todo: ToDraw, end: asyncio.Future[GenerationResult]) -> Asked:
+    def _joins(self, waiter: _Waiter) -> bool:
+        """Whether it has a place among those being drawn now, and has taken it."""
+        table = self._open
+        if table is None or waiter.todo.alone or not table.takes(waiter.engine, waiter.todo.request):
+            return False
+        return self._sit_down(table, waiter)
+
+    def _take_along(self) -> None:
+        """Those at the head of the line who can be drawn beside those at work."""
+        while self._waiters:
+            waiter = self._waiters[0]
+            if not self._turn.is_next(waiter) or not self._joins(waiter):
+                return
+            self._waiters.popleft()
+            self._turn.skip(waiter)
+            waiter.joined.set_result(None)
+
+    def _sit_down(self, table: _Table, waiter: _Waiter) -> bool:
         from zimage_engine.together import Asked
 
         loop = asyncio.get_running_loop()
+        todo, end = waiter.todo, waiter.end
 
         def ended(outcome: GenerationResult | BaseException) -> None:
-            loop.call_soon_threadsafe(self._tell, end, outcome)
+            loop.call_soon_threadsafe(self._tell, table, end, outcome)
 
-        return Asked(todo.request, todo.control, ended, contextvars.copy_context(), todo.begins)
-
-    async def _serve(self, table: _Table) -> None:
-        """Draw until nobody is left at the table; the turn, which the first came with, is given back then."""
-        self._open = table
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._device_thread, self._work, table)
-        except BaseException as error:  # of ours: whoever waits must not wait for ever
-            for end in table.members:
-                self._tell(end, error)
-        finally:
-            self._open = None
-            self._turn.release()
+        context = contextvars.copy_context()
+        if not table.add(Asked(todo.request, todo.control, ended, context, todo.begins), end):
+            return False
+        self._count(1)
+        return True
 
     def _count(self, change: int) -> None:
         self._under_way += change
         self._on_busy(self._under_way > 0)
 
-    def _tell(self, end: asyncio.Future[GenerationResult], outcome: GenerationResult | BaseException) -> None:
+    def _tell(
+        self,
+        table: _Table,
+        end: asyncio.Future[GenerationResult],
+        outcome: GenerationResult | BaseException,
+    ) -> None:
         if end.done():
             return
+        table.members.discard(end)
         self._count(-1)
         if isinstance(outcome, BaseException):
             end.set_exception(outcome)
             self._on_failed(outcome)
         else:
             end.set_result(outcome)
+        self._take_along()
 
     def _work(self, table: _Table) -> None:
         """In the device's thread."""
+        from zimage_engine.together import draw_into
+
         while (asked := table.next_or_close()) is not None:
-            table.together.run(asked, table.newcomers)
+            if table.together is None:
+                asked.context.run(draw_into, table.engine, asked)
+            else:
+                table.together.run(asked, table.newcomers)
 
 
 @dataclass(eq=False)
 class _Table:
-    """Those who are drawn at once; who comes when all have gone is told so, and takes a turn."""
+    """Those who are drawn at once; who comes when all have gone, or when it is full, takes a turn."""
 
     engine: Engine
     first: ToDraw
-    together: Together
-    members: list[asyncio.Future[GenerationResult]] = field(default_factory=list)
+    together: Together | None
+    #: Who has not ended yet.
+    members: set[asyncio.Future[GenerationResult]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._coming: deque[Asked] = deque()
         self._is_closed = False
+        self._began = time.monotonic()
+        self._most = 1 if self.together is None else self.together.most_beside(self.first.request)
 
-    def takes(self, engine: Engine, todo: ToDraw) -> bool:
+    def takes(self, engine: Engine, request: GenerationRequest) -> bool:
         """Whether it could be drawn beside the first who came."""
         return (
             engine is self.engine
-            and not self.first.alone
-            and self.together.may_join(self.first.request, todo.request)
+            and self.together is not None
+            and len(self.members) < self._most
+            and time.monotonic() - self._began < JOINING_SECONDS
+            and self.together.may_join(self.first.request, request)
         )
 
     def add(self, asked: Asked, end: asyncio.Future[GenerationResult]) -> bool:
@@ -235,7 +319,7 @@ class _Table:
             if self._is_closed:
                 return False
             self._coming.append(asked)
-        self.members.append(end)
+        self.members.add(end)
         return True
 
     def newcomers(self) -> list[Asked]:

@@ -380,6 +380,8 @@ class ImageWorker:
 
         def stepped(progress: StepProgress) -> None:
             ended_at = time.time()
+            if self._turns.most_for(engine) == 1:
+                self._metrics.record_pass(1)
             if progress.step > 1 and steps:
                 self._metrics.record_step(ended_at - steps[-1][2])
             steps.append((progress.picture, progress.step, ended_at))
@@ -394,7 +396,9 @@ class ImageWorker:
             self._must_be_fit()
             if (word := publish(DrawingBegan(replica_name()))) is not None:
                 await word
-            control.limit(self._in_force.live.drawing_seconds)
+            seconds = self._in_force.live.drawing_seconds
+            # Where others share the device, as many times as much.
+            control.limit(None if seconds is None else seconds * self._turns.most_for(engine))
             began_at = time.time()
 
         control = DrawingControl(on_step=stepped)

@@ -22,6 +22,7 @@ from zimage_engine.memory.activations import activation_bytes
 from zimage_engine.memory.residency import OffloadPlan, Residency
 from zimage_engine.sampling.company import Company, Drawing, Seat, Shared, Verdicts
 from zimage_engine.sampling.control import DrawingControl
+from zimage_engine.sampling.device_failure import device_failures_named
 from zimage_engine.sampling.pipeline import GuardedPipeline
 from zimage_engine.sampling.plan import SamplingPlan, most_of_size, resolve
 from zimage_engine.types import GenerationRequest, GenerationResult
@@ -110,14 +111,23 @@ class Together:
                 waiting = [first]
 
                 def newcomers() -> list[Drawing]:
-                    asked = [*waiting, *come()]
+                    # Who ran out of memory came first and is drawn before whoever comes later.
+                    asked = [*waiting, *(() if alone else come())]
                     waiting.clear()
                     return [self._drawing(each, company, plan, alone) for each in asked]
 
                 company.run(newcomers)
                 self.shared = company.shared
         for each in alone:
-            each.context.run(_drawn_into, engine, each)
+            each.context.run(draw_into, engine, each)
+
+    def most_beside(self, request: GenerationRequest) -> int:
+        """How many of its size are drawn at once at most."""
+        try:
+            plan = resolve(request, self._engine.description)
+        except EngineError:
+            return 1
+        return most_of_size(plan.width_px, plan.height_px, self._most)
 
     def _room_for(self, plan: OffloadPlan) -> int:
         """How many drawings can share a pass: by what the device has beside one, and at most `most`."""
@@ -145,12 +155,14 @@ class Together:
             except BaseException as error:
                 asked.ended(error)
             else:
-                asked.ended(replace(result, report=replace(result.report, sharing=round(seat.sharing, 2))))
+                shared = {"sharing": round(seat.sharing, 2), "device_seconds": seat.seconds}
+                asked.ended(replace(result, report=replace(result.report, **shared)))  # type: ignore[arg-type]
 
-        return Drawing(run, asked.context)
+        return Drawing(seat, run, asked.context)
 
 
-def _drawn_into(engine: Engine, asked: Asked) -> None:
+def draw_into(engine: Engine, asked: Asked) -> None:
+    """Draw one request alone, and tell its end."""
     try:
         asked.begins(engine)
         result = engine.generate(asked.request, control=asked.control)
@@ -165,9 +177,13 @@ def _held(engine: Engine, request: GenerationRequest) -> Iterator[OffloadPlan | 
     """The memory plan for the request's size is in force within; None where it moves weights, or is none."""
     keeper = engine._keeper
     try:
-        plan: SamplingPlan = resolve(request, engine.description)
-        engine._put_on(engine._wanted_loras(request))
-        in_force = keeper.before(plan.width_px, plan.height_px, plan.guidance_scale > 1.0)
+        with device_failures_named(engine.description.device):
+            plan: SamplingPlan = resolve(request, engine.description)
+            wanted = engine._wanted_loras(request)
+            engine._put_on(wanted)
+            engine._let_idle_loras_go(wanted, plan)
+            # As with guidance: who joins may have it.
+            in_force = keeper.before(plan.width_px, plan.height_px, True)
     except EngineError:
         yield None
         return
@@ -204,4 +220,5 @@ def _engine_at(seat: Seat, engine: Engine, plan: OffloadPlan) -> Engine:
     own._guarded = GuardedPipeline(seat.pipeline, engine._guarded._family, engine._clock, engine._embeddings)
     own._keeper = _HeldMemory(engine._keeper, plan)  # type: ignore[assignment]
     own._put_on = lambda wanted: None  # type: ignore[method-assign]
+    own._let_idle_loras_go = lambda wanted, plan: None  # type: ignore[method-assign]
     return own

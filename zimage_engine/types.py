@@ -379,7 +379,8 @@ class GenerationReport:
     `warnings` concern the whole request; those of one picture stand in `pictures`. `prompt_cache` is None
     where encoded prompts are not kept. `dtype_because` is the model's, "" where nothing was to be chosen.
     `edit` is None where nothing but the prompt was drawn from. `sharing` is how many drawings
-    shared each of the denoiser's forward passes on the average; the seconds were spent on all of them.
+    shared each of the denoiser's forward passes on the average; the seconds were spent on all of them,
+    and `device_seconds` of those on this one; None where it was alone.
     """
 
     model: str
@@ -406,6 +407,7 @@ class GenerationReport:
     drawn_with: DrawnWith = field(default_factory=DrawnWith)
     guidance_until: float = 1.0
     sharing: float = 1.0
+    device_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values that `json.dumps` takes."""

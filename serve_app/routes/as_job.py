@@ -59,7 +59,7 @@ WEBHOOK_OF_JOB_IN_DOCS: dict[str, Any] = WEBHOOK_IN_DOCS | {
 WEBHOOK_OF_FORM_IN_DOCS: dict[str, Any] = {
     "type": "string",
     "description": "With the header Prefer: respond-async alone. Where the end of the job is told by POST, "
-    'as JSON: {"url": "https://example.org/done", "secret": "whsec_..."}; the secret may be left out.',
+    'as JSON: {"url": "...", "secret": "whsec_..."}; the secret may be left out.',
 }
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from serve_app.shared_turns import MOST_ON_A_CPU, SharedTurns, ToDraw, Turn, most_together
+from serve_app import shared_turns
+from serve_app.shared_turns import SharedTurns, ToDraw, Turn, most_together
 from zimage_engine import Engine
 from zimage_engine.errors import GenerationCancelled
 from zimage_engine.sampling.control import DrawingControl
@@ -42,7 +43,7 @@ def device_thread() -> Iterator[ThreadPoolExecutor]:
 class Worker:
     """Turns, and what they told."""
 
-    def __init__(self, engine: Engine, device_thread: ThreadPoolExecutor, most: int | None = None) -> None:
+    def __init__(self, engine: Engine, device_thread: ThreadPoolExecutor, most: int = 8) -> None:
         self.turn = Turn()
         self.busy: list[bool] = []
         self.passes: list[int] = []
@@ -181,13 +182,80 @@ async def test_one_after_another_where_one_is_the_most(
     worker = Worker(engine, device_thread, most=1)
     await asyncio.gather(*(worker.draw(f"{seed}", replace(REQUEST, seed=seed)) for seed in range(3)))
     assert worker.ended == ["0", "1", "2"]
-    assert set(worker.passes) == {1}
+    assert worker.passes == []
 
 
-def test_how_many_share_is_asked_for_or_chosen_by_what_is_known_to_be_the_same(engine: Engine) -> None:
+async def test_those_who_come_at_the_same_moment_share(
+    engine: Engine, device_thread: ThreadPoolExecutor
+) -> None:
+    worker = Worker(engine, device_thread)
+    await asyncio.gather(*(worker.draw(f"{seed}", replace(REQUEST, seed=seed)) for seed in range(8)))
+    assert max(worker.passes) == 8
+    assert not worker.busy[-1] and not worker.turn.waiting
+
+
+async def test_sharing_goes_on_after_somebody_of_another_kind(
+    engine: Engine, device_thread: ThreadPoolExecutor
+) -> None:
+    worker = Worker(engine, device_thread)
+    control, reached = worker.at_step(1)
+    first = asyncio.create_task(worker.draw("first", replace(REQUEST, num_inference_steps=20), control))
+    await reached.wait()
+    other = asyncio.create_task(worker.draw("other size", OTHER_SIZE))
+    while not worker.turn.waiting:
+        await asyncio.sleep(0)
+    late = [asyncio.create_task(worker.draw(f"{seed}", replace(REQUEST, seed=seed))) for seed in range(4)]
+    await asyncio.gather(first, other, *late)
+    assert worker.ended[:2] == ["first", "other size"]
+    assert worker.passes[-1] == 4
+
+
+async def test_no_more_are_drawn_at_once_than_the_most(
+    engine: Engine, device_thread: ThreadPoolExecutor
+) -> None:
+    worker = Worker(engine, device_thread, most=3)
+    drawn = await asyncio.gather(*(worker.draw(f"{seed}", replace(REQUEST, seed=seed)) for seed in range(7)))
+    assert max(worker.passes) == 3
+    assert [pixels(each) for each in drawn] == [
+        pixels(engine.generate(replace(REQUEST, seed=seed))) for seed in range(7)
+    ]
+    shares = [result.report.device_seconds or result.report.seconds for result in drawn]
+    assert all(share < result.report.seconds for share, result in zip(shares, drawn, strict=True))
+
+
+async def test_the_turn_goes_round_however_many_come(
+    engine: Engine, device_thread: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_turns, "JOINING_SECONDS", 0.0)
+    worker = Worker(engine, device_thread)
+    control, reached = worker.at_step(1)
+    first = asyncio.create_task(worker.draw("first", replace(REQUEST, num_inference_steps=20), control))
+    await reached.wait()
+    await asyncio.gather(worker.draw("second", REQUEST), first)
+    assert worker.ended == ["first", "second"]
+
+
+async def test_who_gives_up_waiting_frees_the_place(
+    engine: Engine, device_thread: ThreadPoolExecutor
+) -> None:
+    worker = Worker(engine, device_thread)
+    control, reached = worker.at_step(1)
+    first = asyncio.create_task(worker.draw("first", replace(REQUEST, num_inference_steps=20), control))
+    await reached.wait()
+    waiting = [asyncio.create_task(worker.draw("other size", OTHER_SIZE)) for _ in range(3)]
+    while worker.turn.waiting < 3:
+        await asyncio.sleep(0)
+    for each in waiting:
+        each.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert not worker.turn.waiting
+    await worker.draw("late", REQUEST)
+    assert not first.done()
+    await first
+    assert worker.began == ["first", "late"]
+
+
+def test_how_many_share_is_asked_for(engine: Engine) -> None:
     model = engine.description
-    assert most_together(None, model) == MOST_ON_A_CPU
     assert most_together(3, model) == 3
-    assert most_together(None, replace(model, device="cuda")) == 1
-    assert most_together(3, replace(model, device="cuda")) == 3
     assert most_together(3, replace(model, shares_passes=False)) == 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ class Merge(Protocol):
 
     def key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """Calls of one key can share a forward pass and come out as they would alone; None: only alone."""
+
+    def items(self, args: tuple[Any, ...]) -> int:
+        """How many pictures a call computes; with guidance two for one."""
 
     def merged(
         self, calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
@@ -59,6 +63,9 @@ class ZImageMerge:
         if len(shapes) != 1:
             return None
         return (*shapes, times.dtype, frozenset(-(-len(prompt) // TOKENS_A_BUCKET) for prompt in prompts))
+
+    def items(self, args: tuple[Any, ...]) -> int:
+        return len(args[0])
 
     def merged(
         self, calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
@@ -101,8 +108,8 @@ class _Call:
     seat: Seat
 
 
-#: Whether passes of a kind and of so many calls came out bit for bit as each call alone, where tried.
-Verdicts = dict[tuple[Any, int], bool]
+#: Whether passes of a kind, of calls of so many pictures each, came out bit for bit as each call alone.
+Verdicts = dict[tuple[Any, tuple[int, ...]], bool]
 
 
 @dataclass
@@ -127,8 +134,9 @@ class Shared:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is to be run: `run` reports its own end and lets nothing out. `context` is its own."""
+    """What is to be run at a seat: `run` reports its own end and lets nothing out. `context` is its own."""
 
+    seat: Seat
     run: Callable[[], None]
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
@@ -154,6 +162,9 @@ class Company:
         self._merge = merge_for(denoiser, next(denoiser.parameters()).device.type)
         self._most = max(1, most)
         self._hub: greenlet | None = None
+        self._seats: dict[greenlet, Seat] = {}
+        #: Kinds of which a shared pass has failed.
+        self._failed: set[Any] = set()
 
     @torch.no_grad()
     def run(self, come: Callable[[], Sequence[Drawing]]) -> None:
@@ -169,6 +180,7 @@ class Company:
                 for newcomer in come():
                     drawing = greenlet(newcomer.run, self._hub)
                     drawing.gr_context = newcomer.context
+                    self._seats[drawing] = newcomer.seat
                     self._go_on(waiting, drawing, drawing.switch)
                 if not waiting:
                     return
@@ -176,7 +188,8 @@ class Company:
                     self._step(waiting, together)
         finally:
             for drawing in waiting:  # only an error of our own leaves any
-                drawing.throw()
+                drawing.throw(RuntimeError("the drawings beside this one could not go on"))
+            self._seats.clear()
             self._hub = None
 
     def seat(self, stock: Any, denoiser: str) -> Seat:
@@ -187,8 +200,12 @@ class Company:
         self, waiting: dict[greenlet, _Call], drawing: greenlet, on: Callable[..., Any], *values: Any
     ) -> None:
         """Let a drawing run until it asks for the denoiser again, or ends."""
+        began = time.perf_counter()
         asked = on(*values)
-        if not drawing.dead:
+        self._seats[drawing].seconds += time.perf_counter() - began
+        if drawing.dead:
+            del self._seats[drawing]
+        else:
             waiting[drawing] = asked
 
     def _groups(self, waiting: Mapping[greenlet, _Call]) -> list[list[greenlet]]:
@@ -204,19 +221,26 @@ class Company:
     def _step(self, waiting: dict[greenlet, _Call], together: list[greenlet]) -> None:
         calls = [waiting.pop(drawing) for drawing in together]
         answers: list[Any] | None = None
-        if len(calls) > 1 and self._merge is not None:
+        began = time.perf_counter()
+        if len(calls) > 1 and self._merge is not None and self._kind(calls) not in self._failed:
             try:
                 answers = self._made_as_one(calls, self._merge)
             except Exception:  # whose fault it is shows when each is made alone
                 self.shared.done_again += 1
-                logger.warning("a shared forward pass failed; each is made alone", exc_info=True)
+                self._failed.add(self._kind(calls))
+                logger.warning("a shared forward pass failed; such are made alone", exc_info=True)
+            seconds = (time.perf_counter() - began) / len(calls)
+            for call in calls:
+                call.seat.seconds += seconds
         for at, (drawing, call) in enumerate(zip(together, calls, strict=True)):
             if answers is not None:
                 self._go_on(waiting, drawing, drawing.switch, answers[at])
                 continue
+            began = time.perf_counter()
             try:
                 answer = self._denoiser(*call.args, **call.kwargs)
                 self.shared.count([call])
+                call.seat.seconds += time.perf_counter() - began
             except BaseException as error:
                 self._go_on(waiting, drawing, drawing.throw, error)
             else:
@@ -224,7 +248,7 @@ class Company:
 
     def _made_as_one(self, calls: list[_Call], merge: Merge) -> list[Any] | None:
         """The answers; None where each call is to be made alone."""
-        kind = (calls[0].key, len(calls))
+        kind = self._kind(calls)
         is_known = self._verdicts is None or kind in self._verdicts
         if self._verdicts is not None and is_known and not self._verdicts[kind]:
             return None
@@ -245,6 +269,11 @@ class Company:
             self.shared.count([call])
         return alone
 
+    def _kind(self, calls: Sequence[_Call]) -> tuple[Any, tuple[int, ...]]:
+        """What a pass for these calls is like; it comes out alike each time, or not."""
+        assert self._merge is not None
+        return calls[0].key, tuple(self._merge.items(call.args) for call in calls)
+
     def _asked(self, seat: Seat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """In a drawing: wait until the denoiser has answered."""
         assert self._hub is not None
@@ -261,6 +290,8 @@ class Seat:
     def __init__(self, company: Company, stock: Any, denoiser: str) -> None:
         self.passes = 0
         self.drawings = 0
+        #: What of the thread's time was this drawing's own: of a shared pass an equal part.
+        self.seconds = 0.0
         self._company = company
         self._module: torch.nn.Module = vars(stock)[denoiser]
         self._shell = _shell(self._module)
@@ -278,6 +309,7 @@ class Seat:
         if self._shell._forward_pre_hooks:
             self.passes += 1
             self.drawings += 1
+            self._company.shared.on_pass(1)
             return self._module(*args, **kwargs)
         return self._company._asked(self, args, kwargs)
 
