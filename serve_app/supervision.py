@@ -217,6 +217,7 @@ class _Server:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(self._patience.finish_seconds + self._patience.end_seconds)
+        self._seen |= _of_session(process.pid)
         end_processes([seen for seen in self._seen if _is_alive(seen)], self._patience.stop_seconds)
         process.wait()
         # Not before: the server would take that for a second wish to end, in the midst of the first.
@@ -338,6 +339,16 @@ def end_processes(processes: Sequence[psutil.Process], stop_seconds: float) -> N
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=stop_seconds)
+
+
+def _of_session(leader: int) -> set[psutil.Process]:
+    """Who is left of a process' session, also where that has ended: it has lost its parent, not that."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == leader:
+                found.add(process)
+    return found
 
 
 def _is_alive(process: psutil.Process) -> bool:

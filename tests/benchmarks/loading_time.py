@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tests.benchmarks.loading_cost import _Peaks, _print
@@ -118,8 +119,9 @@ def _in_a_ready_process(who: str, path: Path, cache_folder: Path, watched: str) 
     """The same in a copy of a process that has imported everything."""
     ready = multiprocessing.get_context("forkserver")
     ready.set_forkserver_preload([*_IMPORTED, MODULE])
-    with ready.Pool(1) as pool:
-        return pool.apply(_load, (who, path, cache_folder, watched == "watched"))
+    # Not a Pool: ending one kills its process, which may wait with a lock for ever.
+    with ProcessPoolExecutor(1, mp_context=ready) as executor:
+        return executor.submit(_load, who, path, cache_folder, watched == "watched").result()
 
 
 def _load(who: str, path: Path, cache_folder: Path, is_watched: bool) -> dict[str, float]:
