@@ -232,6 +232,7 @@ SERVER_ROWS = (
         "or why there was none (unfinished, timeout, unavailable, failed). With all but used the rules were "
         "used.",
         {"outcome": REWRITES},
+        starts_at_zero=True,
     ),
     MetricRow(
         "zimage_warnings", Counter, "warnings", "Warnings in reports by their code.", {"code": WARNINGS}
