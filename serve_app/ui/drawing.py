@@ -184,7 +184,7 @@ def request_from(asked: Asked, description: ModelDescription) -> GenerationReque
         guidance_scale=round(asked.guidance_scale, 2),
         seed=_seed(asked),
         enhance=asked.enhance,
-        refine=asked.enhance and asked.refine,
+        refine=asked.refine,
         n=more.n or 1,
         loras=to_choices(more),
         model=more.model,
@@ -204,7 +204,7 @@ def parameters_of(asked: Asked, report: GenerationReport, seed: int) -> dict[str
         "guidance_scale": report.guidance_scale,
         "seed": seed,
         "enhance": asked.enhance,
-        "refine": asked.enhance and asked.refine,
+        "refine": asked.refine,
         "loras": None if loras is None else [{"name": each.name, "weight": each.weight} for each in loras],
         "model": _more(asked).model,
     }

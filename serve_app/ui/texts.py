@@ -38,7 +38,7 @@ LABELS: dict[str, Text] = {
     ),
     "refine": Text("Strengthen fine detail", "强化细节"),
     "refine_hint": Text(
-        "Works with “Enhance”; even areas stay as they are.", "与“润色”同时起作用；平滑区域保持不变。"
+        "Sharpens fine structure; even areas stay as they are.", "锐化细小的结构；平滑区域保持不变。"
     ),
     "negative": Text("What to avoid", "不要出现"),
     "negative_hint": Text("for example: blurry, text", "例如：模糊，文字"),

@@ -238,3 +238,11 @@ async def test_the_log_tells_the_request_that_asked_and_no_other() -> None:
 async def test_the_service_hears_who_asks() -> None:
     service = PaintingService()
     assert [moment async for moment in draw(service, ASKED, "ann")] and service.callers == ["ann"]
+
+
+@pytest.mark.parametrize("enhance", [True, False])
+@pytest.mark.parametrize("refine", [True, False])
+def test_refining_is_a_switch_of_its_own(enhance: bool, refine: bool) -> None:
+    """What a picture's receipt puts back into the controls has its prompt enhanced already, and is refined."""
+    request = request_from(replace(ASKED, enhance=enhance, refine=refine), MODEL)
+    assert (request.enhance, request.refine) == (enhance, refine)
