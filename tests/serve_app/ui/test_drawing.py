@@ -243,6 +243,6 @@ async def test_the_service_hears_who_asks() -> None:
 @pytest.mark.parametrize("enhance", [True, False])
 @pytest.mark.parametrize("refine", [True, False])
 def test_refining_is_a_switch_of_its_own(enhance: bool, refine: bool) -> None:
-    """What a picture's receipt puts back into the controls has its prompt enhanced already, and is refined."""
+    """What a receipt puts back into the controls has its prompt enhanced already, and is refined."""
     request = request_from(replace(ASKED, enhance=enhance, refine=refine), MODEL)
     assert (request.enhance, request.refine) == (enhance, refine)
