@@ -1,12 +1,24 @@
-"""Opens a database, SQLite or PostgreSQL, for whoever keeps tables in it; knows no table."""
+"""Opens a database, SQLite or PostgreSQL, for whoever keeps tables in it; knows none of them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    Table,
+    create_engine,
+    event,
+    inspect,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.exc import ArgumentError
 
 #: How long one who writes waits for another who does.
@@ -39,6 +51,32 @@ def connect(url: str | URL) -> Engine:
         raise StoreUnusable(
             "jobs_url names PostgreSQL, and its driver is not installed: pip install 'zimage-turbo[postgres]'"
         ) from None
+
+
+def opened(url: str | URL, make_tables: Callable[[Engine], None]) -> Engine:
+    """An engine on `url` with the tables that `make_tables` makes. Raises what these two raise."""
+    engine = connect(url)
+    try:
+        make_tables(engine)
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+def version_found(connection: Connection, versions: Table, version: int, lock: int) -> int:
+    """The version of the tables beside `versions`, which are made, as `version`, where there are none.
+
+    Of several programs that begin at once one makes them: in PostgreSQL by the advisory `lock`, in SQLite
+    because the transaction is one that writes.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({lock})"))
+    if not inspect(connection).has_table(versions.name):
+        versions.metadata.create_all(connection)
+        connection.execute(versions.insert().values(version=version))
+    found: int = connection.execute(select(versions.c.version)).scalar_one()
+    return found
 
 
 def _sqlite(file: Path) -> Engine:

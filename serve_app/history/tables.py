@@ -17,12 +17,9 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
-    inspect,
-    select,
-    text,
 )
 
-from serve_app.database import StoreUnusable, connect
+from serve_app.database import StoreUnusable, opened, version_found
 
 #: Raised by one whenever a table changes; a database of another version is not touched.
 VERSION = 1
@@ -61,23 +58,12 @@ thumbnails = Table(
 
 def open_database(url: str | URL) -> Engine:
     """An engine on `url` with every table there. Raises StoreUnusable, or what SQLAlchemy raises."""
-    engine = connect(url)
-    try:
-        _make_tables(engine)
-    except BaseException:
-        engine.dispose()
-        raise
-    return engine
+    return opened(url, _make_tables)
 
 
 def _make_tables(engine: Engine) -> None:
     with engine.connect().execution_options(writes=True) as connection, connection.begin():
-        if engine.dialect.name == "postgresql":
-            connection.execute(text(f"SELECT pg_advisory_xact_lock({_MAKING_TABLES})"))
-        if not inspect(connection).has_table(versions.name):
-            metadata.create_all(connection)
-            connection.execute(versions.insert().values(version=VERSION))
-        found = connection.execute(select(versions.c.version)).scalar_one()
+        found = version_found(connection, versions, VERSION, _MAKING_TABLES)
         if found != VERSION:
             raise StoreUnusable(
                 f"the database of the history has version {found}, and this program reads {VERSION}: use the "
