@@ -6,19 +6,31 @@ result = engine.generate(GenerationRequest(prompt="a red circle on a white backg
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from zimage_engine import cpu
 from zimage_engine.dtype_choice import choice_of_dtype
-from zimage_engine.errors import CheckpointError, DoesNotFit, InvalidRequest, OutOfMemory
-from zimage_engine.families import ModelFamily
+from zimage_engine.errors import (
+    CheckpointError,
+    DeviceFailed,
+    DoesNotFit,
+    EngineError,
+    GenerationCancelled,
+    InvalidRequest,
+    LeverFailed,
+    OutOfMemory,
+)
+from zimage_engine.families import ModelFamily, family_named
 from zimage_engine.loading.adapter import ModelLoaderAdapter
 from zimage_engine.loading.describe import describe, max_tokens
 from zimage_engine.loading.lora import lora_checker
@@ -27,10 +39,13 @@ from zimage_engine.loading.lora_layouts import check_loras
 from zimage_engine.loading.lora_shelf import LoraShelf, WantedLora, wanted_loras
 from zimage_engine.loading.lora_weight import LoraWeight
 from zimage_engine.loading.provenance import drawn_with
+from zimage_engine.loading.view import default_cache_folder
+from zimage_engine.memory.activations import activation_bytes
+from zimage_engine.memory.held import HeldMemory
 from zimage_engine.memory.oom import MemoryReport
 from zimage_engine.memory.planner import title
 from zimage_engine.memory.quantize import check_quantisation, quiet_torchao
-from zimage_engine.memory.residency import MemoryWishes
+from zimage_engine.memory.residency import MemoryWishes, OffloadPlan, Residency
 from zimage_engine.memory.room import Room, keeper_for
 from zimage_engine.memory.snapshot import (
     available_devices,
@@ -56,6 +71,10 @@ from zimage_engine.sampling.sketch import Sketcher
 from zimage_engine.sampling.text_generation import OnText
 from zimage_engine.sampling.told import guard_notices
 from zimage_engine.second_look import drawn_and_looked_at
+from zimage_engine.speed.acting import Levers
+from zimage_engine.speed.levers import LEVER_NAMES, Choices, compiles, lever_named
+from zimage_engine.speed.remembered import RememberedChoices, key_of_choice
+from zimage_engine.speed.warming import pictures_to_compile
 from zimage_engine.types import (
     EMBEDDING_CACHE_BYTES,
     DeviceStatus,
@@ -87,6 +106,15 @@ logger = logging.getLogger(__name__)
 DEMO_MODEL_PATH = Path(__file__).parent / "demo" / "model"
 DEMO_MODEL_ID = "z-image-demo"
 
+#: Of the memory that is free beside one drawing, what others drawn at once may be predicted to take.
+SHARE_OF_FREE = 0.8
+
+#: So many requests wait for idle LoRAs to be wanted again before these make room for compiled code.
+CALM_REQUESTS = 3
+
+
+#: Makes each of several pictures by an engine that is for it alone, and returns what was made, in order.
+Each = Callable[["Sequence[Callable[[Engine], _Finished]]"], "list[_Finished]"]
 
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
@@ -137,9 +165,17 @@ class Engine:
         self._guarded = GuardedPipeline(pipeline, family, self._clock, self._embeddings)
         self._sketcher = Sketcher()
         self._keeper = keeper_for(self.pipeline, family, device, memory or MemoryWishes())
+        self._levers = Levers(self.pipeline, family, device)
+        self._keeper.before_moving = self._levers.before_weights_move
+        #: Whether what is drawn now is drawn for the compiler alone.
+        self._is_warming = False
+        #: Who draws the pictures of a request; None: this engine, one after another.
+        self._each: Each | None = None
         self._shelf = LoraShelf(self.pipeline, self._keeper.weights_change)
         folder = None if lora_folder is None else Path(lora_folder).expanduser()
         self._folder = LoraFolder(folder, lora_checker(self.pipeline))
+        #: Requests in a row that nothing but idle LoRAs kept from being drawn by compiled code.
+        self._drawn_beside_idle_loras = 0
         #: What requests that name no LoRAs are drawn with.
         self._default_loras: tuple[WantedLora, ...] = ()
         self._loras: tuple[LoraUse, ...] = ()
@@ -169,6 +205,7 @@ class Engine:
         offload: str | None = None,
         embedding_cache_bytes: int = EMBEDDING_CACHE_BYTES,
         threads: int | None = None,
+        exact: bool = False,
     ) -> Engine:
         """Load a model folder, single file or hub id; None is the demo model that comes with the package.
 
@@ -185,6 +222,8 @@ class Engine:
         `embedding_cache_bytes` of the host's memory keep encoded prompts for requests that repeat them, 0
         none; pictures are the same.
         `threads` is what a CPU computes with, None: every core that the process may use.
+        What `zimage_engine.tuning` found to be quicker for this model on this device acts; with `exact`, and
+        where nothing was measured, pictures are drawn as by stock diffusers, bit for bit.
 
         `device` is "cuda", "cuda:1", "mps" or "cpu"; None takes the best there is, in that order.
         Raises DeviceUnavailable, CheckpointNotFound, UnknownFamily or CheckpointDamaged.
@@ -222,6 +261,8 @@ class Engine:
         engine.place()
         engine.repairs = adapter.repairs
         engine.identity = adapter.identity
+        if not exact:
+            engine.accelerate_as_remembered()
         return engine
 
     @property
@@ -288,7 +329,19 @@ class Engine:
     def _let_idle_loras_go(self, wanted: tuple[WantedLora, ...], plan: SamplingPlan) -> None:
         """Those kept for later go where this picture would be drawn faster without them, or at all."""
         if not self._shelf.idle_bytes:
+            self._drawn_beside_idle_loras = 0
             return
+        if (
+            not wanted
+            and not self._default_loras
+            and compiles(self._levers.for_picture(plan.width_px, plan.height_px))
+        ):
+            # Compiled code does not know the layers that they are woven into.
+            self._drawn_beside_idle_loras += 1
+            if self._drawn_beside_idle_loras > CALM_REQUESTS:
+                self._shelf.put_on(wanted, keep_others=False)
+                self._keeper.plan_beside(self._shelf.bytes)
+                return
         acting_bytes = self._shelf.bytes - self._shelf.idle_bytes
         guided = plan.guidance_scale > 1.0
         if not self._keeper.is_as_fast_beside(plan.width_px, plan.height_px, guided, acting_bytes):
@@ -311,6 +364,72 @@ class Engine:
             logger.log(level, "memory: %s", plan.because)
         except (DoesNotFit, OutOfMemory) as error:
             logger.warning("memory: %s", error)
+
+    @property
+    def levers(self) -> Levers:
+        """What may make drawing quicker at the price of other last bits, and by size what of it acts."""
+        return self._levers
+
+    @property
+    def lever_facts(self) -> dict[str, Any]:
+        """What a choice of levers holds for: the device, the versions, the model's shape and dtype."""
+        family, placed = family_named(self.description.family), self._keeper.plan
+        return {
+            **asdict(drawn_with(self.description.device)),
+            "family": family.name,
+            "dtype": self.description.dtype,
+            "denoiser": _shape_of(getattr(self.pipeline, family.denoiser)),
+            "vae": _shape_of(self.pipeline.vae),
+            "float8": placed is not None and placed.float8_storage,
+            "quantize": None if placed is None else placed.quantize,
+        }
+
+    def accelerate(self, choices: Choices) -> None:
+        """Let these levers act, by size bucket, in place of others; what they need is compiled now.
+
+        Pictures wait for no compiler afterwards: what was not compiled here runs as it is.
+        Raises LeverFailed, and none acts then.
+        """
+        compiled_folder = default_cache_folder().parent / "compiled"
+        self._is_warming = True
+        try:
+            self._levers.use(choices, compiled_folder)
+            for request in pictures_to_compile(self._levers.choices, self.description):
+                self.generate(request)
+        except DeviceFailed:
+            raise
+        # A compiler may end in any error there is, and none of them is a reason not to draw.
+        except Exception as error:
+            self._levers.use({})
+            raise LeverFailed(f"{type(error).__name__}: {error}") from error
+        finally:
+            self._is_warming = False
+
+    def accelerate_as_remembered(self) -> None:
+        """Let act what was measured to be quicker here; what fails is told in the log and left out."""
+        remembered = remembered_choices()
+        key = key_of_choice(self.lever_facts)
+        choices = remembered.recall(key)
+        names = {name for names in choices.values() for name in names}
+        if not names:
+            return
+        started = time.perf_counter()
+        try:
+            with remembered.trying(key, compiles(names) or min(names)):
+                self.accelerate(choices)
+        except LeverFailed as failed:
+            logger.warning("drawn without what was measured to be quicker here: %s", failed)
+        else:
+            told = ", ".join(lever_named(name).title for name in LEVER_NAMES if name in names)
+            logger.info("quicker by %s; ready after %.1f s", told, time.perf_counter() - started)
+
+    def _levers_for(self, request: GenerationRequest, plan: SamplingPlan) -> tuple[str, ...]:
+        """What acts on this picture: nothing while weights move, no compiled code with LoRAs among them."""
+        placed = self._keeper.plan
+        if request.exact or placed is None or placed.residency is not Residency.NONE:
+            return ()
+        names = self._levers.for_picture(plan.width_px, plan.height_px)
+        return tuple(name for name in names if not (len(self._shelf) and lever_named(name).compiles))
 
     def memory_report(self) -> MemoryReport:
         """The memory plan in force, what the device holds, and what was done against a lack of it so far."""
@@ -352,10 +471,11 @@ class Engine:
         by_model = request.enhancer == "model"
         enhancement = self._enhance(plan, request.enhance and bool(plan.prompt) and not by_model)
         plan = plan.with_prompts(enhancement)
-        reins = _Reins(control or DrawingControl(), on_step, plan)
+        reins = _Reins(control or DrawingControl(), on_step, plan, self._guarded)
         reins.check()
-        self._put_on(wanted)
-        self._let_idle_loras_go(wanted, plan)
+        if self._each is None:
+            self._put_on(wanted)
+            self._let_idle_loras_go(wanted, plan)
         room = Room(self._keeper, lambda: self._guarded.stage)
         with room.for_request(plan.width_px, plan.height_px, plan.guidance_scale > 1.0):
             if by_model and request.enhance and plan.prompt:
@@ -365,15 +485,113 @@ class Engine:
                 plan = plan.with_prompts(enhancement)
             embeddings = room.made_for(lambda: self._guarded.encode(plan, self._max_tokens))
             self._keeper.encoded()
-            pictures = [
-                room.made_for(partial(self._draw, plan, embeddings, index, reins, source))
-                for index in range(len(plan.seeds))
-            ]
+            acted: set[str] = set()
+
+            def drawn(by: Engine, index: int) -> _Finished:
+                names = by._levers_for(request, plan)
+                with by._acting(names):
+                    finished = by._draw(plan, embeddings, index, reins, source)
+                acted.update(by._levers.acted(names))
+                return finished
+
+            def made(index: int, by: Engine) -> _Finished:
+                with reins.stopping_all():
+                    return room.made_for(partial(drawn, by, index))
+
+            each = self._each or self._one_after_another
+            pictures = each([partial(made, index) for index in range(len(plan.seeds))])
         images = [picture.image for picture in pictures]
         report = self._report(plan, enhancement, embeddings, pictures, room.use, started)
+        report = replace(report, accelerated_by=tuple(name for name in LEVER_NAMES if name in acted))
         if report.edit is not None and request.image is not None:
             report = replace(report, edit=replace(report.edit, source_digest=_digest_of(request.image)))
         return GenerationResult(images, report)
+
+    def _one_after_another(self, works: Sequence[Callable[[Engine], _Finished]]) -> list[_Finished]:
+        return [work(self) for work in works]
+
+    @contextmanager
+    def _acting(self, names: tuple[str, ...]) -> Iterator[None]:
+        """These levers act within; of drawings beside others they act in each pass of the denoiser."""
+        with (
+            self._levers.acting(names, may_compile=self._is_warming)
+            if self._each is None
+            else nullcontext()
+        ):
+            yield
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        """The network that is called in each step."""
+        module: torch.nn.Module = getattr(self.pipeline, self.denoiser_name)
+        return module
+
+    @property
+    def denoiser_name(self) -> str:
+        """What the pipeline has it under."""
+        return family_named(self.description.family).denoiser
+
+    def loras_for(self, request: GenerationRequest) -> tuple[WantedLora, ...]:
+        """The LoRAs that the request would be drawn with now. Reads files' headers; raises InvalidRequest."""
+        return self._wanted_loras(request)
+
+    @contextmanager
+    def held_for(self, request: GenerationRequest) -> Iterator[OffloadPlan | None]:
+        """Within, all is where a picture of this request's size wants it, its LoRAs on, its levers laid out.
+
+        None where the plan in force moves weights while a picture is drawn, or where there is none: such a
+        request is drawn by `generate`, beside nobody.
+        """
+        try:
+            with device_failures_named(self.description.device):
+                plan = resolve(request, self.description)
+                wanted = self._wanted_loras(request)
+                self._put_on(wanted)
+                self._let_idle_loras_go(wanted, plan)
+                # As with guidance: who joins may have it.
+                in_force = self._keeper.before(plan.width_px, plan.height_px, True)
+        except EngineError:  # it is told by `generate`
+            yield None
+            return
+        try:
+            is_whole = in_force.residency is Residency.NONE and not in_force.release_text_encoder
+            if is_whole:
+                # What is laid out stays so; what is a switch is the passes' own.
+                with self._levers.acting(self._levers_for(request, plan)):
+                    pass
+            yield in_force if is_whole else None
+        finally:
+            self._keeper.after()
+
+    def room_beside(self, plan: OffloadPlan) -> int | None:
+        """How many drawings more than one the device's free memory suffices for; None where it has none.
+
+        `plan` is the one in force.
+        """
+        free = self._keeper.free_bytes() if self._keeper.has_own_memory else None
+        if free is None:
+            return None
+        family = family_named(self.description.family)
+        config: dict[str, Any] = dict(getattr(self.denoiser, "config", {}))
+        each = activation_bytes(family, config, plan.width_px, plan.height_px, True)
+        return int(SHARE_OF_FREE * max(0, free - plan.peak_bytes) / max(1, each))
+
+    def at_seat(self, pipeline: Any, held: OffloadPlan, each: Each) -> Engine:
+        """This engine for one of several drawings under way at once, to be used while `held_for` holds.
+
+        `pipeline` has these weights, a scheduler of its own, and shells of the denoiser and the VAE; `each`
+        draws the pictures of a request. Levers are for who calls the denoiser to let act.
+        """
+        own = copy.copy(self)
+        family = family_named(self.description.family)
+        own._guarded = GuardedPipeline(pipeline, family, self._clock, self._embeddings)
+        own._keeper = HeldMemory(held, self._keeper.has_own_memory)  # type: ignore[assignment]
+        own._each = each
+        return own
+
+    def levers_for(self, request: GenerationRequest) -> tuple[str, ...]:
+        """What acts on pictures of this request's as things are now. Raises InvalidRequest."""
+        return self._levers_for(request, resolve(request, self.description))
 
     def preview(self, latents: torch.Tensor) -> Image | None:
         """A small picture of what is being drawn; None where none can be shown. Never raises.
@@ -472,9 +690,12 @@ class Engine:
 
         def draw(in_float32: bool) -> DrawnPicture:
             # The steps of a second drawing are not told: they are the same steps of the same picture.
-            told = (lambda *_: None) if in_float32 else reins.of_picture(index)
+            told = (lambda *_: None) if in_float32 else reins.of_picture(index, self._guarded)
             return self._guarded.draw(plan, embeddings, seed, reins.check, told, in_float32, source)
 
+        if self._is_warming:  # nobody sees it
+            unseen = draw(False)
+            return _Finished(unseen, unseen.image, (), 0.0)
         is_last = self._guarded.is_float32 or not self.draws_again
         drawn, looks = drawn_and_looked_at(draw, is_last, self._clock)
         notices = (*guard_notices(drawn.trace, plan.guidance_scale), *looks)
@@ -566,19 +787,41 @@ def _digest_of(source: SourcePicture) -> str:
 class _Reins:
     """A request's control and callback as the drawing of its pictures takes them."""
 
-    def __init__(self, control: DrawingControl, on_step: OnStep | None, plan: SamplingPlan) -> None:
-        self.check = control.check
+    def __init__(
+        self, control: DrawingControl, on_step: OnStep | None, plan: SamplingPlan, shown: GuardedPipeline
+    ) -> None:
+        """`shown` is what previews are made of."""
         self._control = control
         self._on_step = on_step
         self._plan = plan
-        self._told = (0, 0)
+        self._shown = shown
+        self._told = [0] * len(plan.seeds)
+        self._has_failed = False
 
-    def of_picture(self, index: int) -> Callable[[int, Any], None]:
+    def check(self) -> None:
+        """Raise what ends a drawing: its control's word, or that another picture of it has failed."""
+        self._control.check()
+        if self._has_failed:
+            raise GenerationCancelled("another picture of the same request could not be drawn")
+
+    @contextmanager
+    def stopping_all(self) -> Iterator[None]:
+        """What ends the drawing of one picture ends that of the others."""
+        try:
+            yield
+        except BaseException:
+            self._has_failed = True
+            raise
+
+    def of_picture(self, index: int, drawn_by: GuardedPipeline) -> Callable[[int, Any], None]:
         def stepped(step: int, latents: Any) -> None:
-            if (index, step) <= self._told:  # drawn again for want of memory
+            if step <= self._told[index]:  # drawn again for want of memory
                 return
-            self._told = (index, step)
-            progress = StepProgress(index + 1, len(self._plan.seeds), step, self._plan.drawn_steps)
+            self._told[index] = step
+            self._shown.at_work = drawn_by.at_work
+            progress = StepProgress(
+                index + 1, len(self._plan.seeds), step, self._plan.drawn_steps, sum(self._told)
+            )
             if self._on_step is not None:
                 self._on_step(progress)
             self._control.stepped(progress, latents)
@@ -588,6 +831,17 @@ class _Reins:
 
 def _use_of(edit: EditPlan) -> EditUse:
     return EditUse(edit.strength, edit.steps_run, edit.masked, edit.source_width_px, edit.source_height_px)
+
+
+def _shape_of(part: Any) -> list[str]:
+    """The class of a diffusers model and all of its settings but where they came from."""
+    settings = {name: value for name, value in part.config.items() if not name.startswith("_")}
+    return [type(part).__name__, json.dumps(settings, sort_keys=True, default=str)]
+
+
+def remembered_choices() -> RememberedChoices:
+    """What was measured on this machine, in the user's cache folder."""
+    return RememberedChoices(default_cache_folder().parent / "levers")
 
 
 def _model_id(path_or_id: str | Path | None) -> str:

@@ -18,6 +18,7 @@
     +-- DeviceUnavailable
     +-- DeviceFailed              the device was lost on the way; the process can use it no more
     +-- OutOfMemory               the device's memory was used up whatever was moved off it
+    +-- LeverFailed               something that would draw quicker cannot act here; drawing goes on without
     +-- DoesNotFit                the picture needs more memory than there is; names the size that fits
 
 Fields are positional, because exceptions travel between processes pickled, and a keyword-only
@@ -120,6 +121,10 @@ class DeviceFailed(EngineError):
 
     The process that raises it can use the device no more; another one may.
     """
+
+
+class LeverFailed(EngineError):
+    """Something that makes drawing quicker could not be made to act: none acts, and drawing goes on."""
 
 
 class DoesNotFit(EngineError):

@@ -68,6 +68,8 @@ class GenerationRequest:
     where it is drawn anew (SDXL's start keeps a trace of it; a mask's surroundings are looked at). The prompt
     may be empty then, and the size is by default that of the picture.
     `loras` are drawn with in place of those that the engine was loaded with; none of them: with none.
+    `exact`: nothing that makes drawing quicker at the price of other last bits takes part, so that the
+    picture is bit for bit that of an engine which knows of none.
     """
 
     prompt: str
@@ -89,6 +91,7 @@ class GenerationRequest:
     enhancer: Enhancer | None = None
     rewrite_budget: RewriteBudget = field(default_factory=lambda: RewriteBudget())
     guidance_until: float | None = None
+    exact: bool = False
 
 
 #: What a word of a prompt speaks of.
@@ -210,12 +213,22 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class StepProgress:
-    """One denoising step has ended: step `step` of `steps` of picture `picture` of `pictures`, from 1."""
+    """One denoising step has ended: step `step` of `steps` of picture `picture` of `pictures`, from 1.
+
+    Pictures may be drawn at once; `ended` is how many steps of all of them have ended, None where one is
+    drawn after another.
+    """
 
     picture: int
     pictures: int
     step: int
     steps: int
+    ended: int | None = field(default=None, compare=False)
+
+    @property
+    def steps_ended(self) -> int:
+        """How many steps of all pictures have ended: it only grows."""
+        return (self.picture - 1) * self.steps + self.step if self.ended is None else self.ended
 
 
 #: Called after every step, in the thread that draws; what it raises stops the drawing.
@@ -380,7 +393,8 @@ class GenerationReport:
     where encoded prompts are not kept. `dtype_because` is the model's, "" where nothing was to be chosen.
     `edit` is None where nothing but the prompt was drawn from. `sharing` is how many drawings
     shared each of the denoiser's forward passes on the average; the seconds were spent on all of them,
-    and `device_seconds` of those on this one; None where it was alone.
+    and `device_seconds` of those on this one; None where it was alone. `accelerated_by` names what made it
+    quicker and moved its last bits, () where nothing did: `zimage_engine.speed.levers` has the names.
     """
 
     model: str
@@ -408,6 +422,7 @@ class GenerationReport:
     guidance_until: float = 1.0
     sharing: float = 1.0
     device_seconds: float | None = None
+    accelerated_by: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values that `json.dumps` takes."""

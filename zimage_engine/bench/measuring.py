@@ -213,6 +213,8 @@ class _Case:
         drawn: list[_Drawn] = []
         theirs: list[PictureTimes] = []
         unguided: list[PictureTimes] = []
+        exact: list[PictureTimes] = []
+        levers = self._engine.levers.for_picture(request.width or 0, request.height or 0)
         compared: list[Row] = []
         memory = peak.facts()  # before stock diffusers takes any
         if self._stock is not None:
@@ -230,6 +232,8 @@ class _Case:
                 compared.append(_difference(ours.result.images[0], stock[0]))
             if guided:
                 unguided.append(self._draw_ours(replace(asked, guidance_scale=1.0)).times)
+            if levers:
+                exact.append(self._draw_ours(replace(asked, exact=True)).times)
         times = [each.times for each in drawn]
         return {
             "width_px": request.width,
@@ -244,11 +248,13 @@ class _Case:
                 **_speedups(theirs, times),
                 **_answer_ratio(answers, theirs),
                 **({"guidance_cost": _ratio(times, unguided, "denoise")} if guided else {}),
+                **({"acceleration": _ratio(exact, times, "picture")} if levers else {}),
             },
             "stock": None if not theirs else {"stages": _stages(theirs), "pictures": _worst(compared)},
             "work": asdict(work),
             "memory": memory,
             "guard_trips": self._trips,
+            "accelerated_by": list(drawn[0].result.report.accelerated_by),
             "at_once": self._crowds(size, say),
         }
 
@@ -291,7 +297,8 @@ class _Case:
 
     def _work(self) -> Work:
         """Of one step, taken for each of them: all have the same shapes."""
-        request = replace(self._another(), num_inference_steps=1)
+        # Exact, because what runs within compiled code is not seen from outside.
+        request = replace(self._another(), num_inference_steps=1, exact=True)
         one = count_work(self._engine.pipeline, self._family, lambda: self._engine.generate(request))
         steps = self._request.num_inference_steps or 1
         return replace(

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zimage_engine.speed.levers import lever_named
+
 Row = Mapping[str, Any]
 
 GIB = 2**30
@@ -28,6 +30,7 @@ RATIOS = {
     "step_speedup": "stock time / ours, one step",
     "encode_speedup": "stock time / ours, prompts",
     "decode_speedup": "stock time / ours, decoding",
+    "acceleration": "exact picture / accelerated one",
     "guidance_cost": "denoising with guidance / without",
     "denoise_over_limit": "denoising / its arithmetic's limit",
     "worker_over_stock": "worker's answer / bare stock picture",
@@ -155,6 +158,8 @@ def _case_facts(case: Row) -> Iterator[str]:
             f"peak on the device: {memory['peak_allocated_bytes'] / GIB:.2f} GiB allocated, "
             f"{memory['peak_reserved_bytes'] / GIB:.2f} GiB reserved"
         )
+    if case["accelerated_by"]:
+        yield "accelerated by " + ", ".join(lever_named(name).title for name in case["accelerated_by"])
     yield f"peak of the process: {memory['peak_host_bytes'] / GIB:.2f} GiB, loading included"
     if case["stock"] is not None:
         pictures = case["stock"]["pictures"]

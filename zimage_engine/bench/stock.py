@@ -36,6 +36,7 @@ class StockPipeline:
                 "compare_stock",
             )
         ours = engine.pipeline
+        engine.levers.lay_out(())  # the same tensors, as they were loaded
         parts = {name: _twin(part) for name, part in ours.components.items()}
         self.pipeline = type(ours)(**parts, **_own_settings(ours))
         self.pipeline.set_progress_bar_config(disable=True)

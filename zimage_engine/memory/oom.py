@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -216,6 +216,8 @@ class MemoryKeeper:
         self._defrags: Counter[str] = Counter()
         self._defrag_seconds = 0.0
         self._ooms: Counter[tuple[Stage, Rung]] = Counter()
+        #: Called before a plan's weights go elsewhere, with all of them where they were.
+        self.before_moving: Callable[[], None] = lambda: None
 
     @property
     def plan(self) -> OffloadPlan | None:
@@ -247,7 +249,7 @@ class MemoryKeeper:
 
     def is_as_fast_beside(self, width_px: int, height_px: int, guided: bool, fewer_bytes: int) -> bool:
         """Whether this picture would be drawn no faster with no more than `fewer_bytes` taken."""
-        free_bytes = self._free_bytes()
+        free_bytes = self.free_bytes()
 
         def speed(planner: Planner) -> float:
             try:
@@ -262,7 +264,7 @@ class MemoryKeeper:
         OutOfMemory where not even the weights find room."""
         self._request = (width_px, height_px, guided)
         self._taken = []
-        free_bytes = self._free_bytes()
+        free_bytes = self.free_bytes()
         self._options = self._planner.options(width_px, height_px, guided, free_bytes)
         if self._distrust is not None and not self._distrust.holds(free_bytes):
             self._distrust = None
@@ -352,6 +354,7 @@ class MemoryKeeper:
 
     def _go_over_to(self, plan: OffloadPlan, stage: Stage) -> None:
         """Put `plan` in force, or a leaner one if the weights themselves find no room."""
+        self.before_moving()
         while True:
             self.close()
             release_cache(self._device)
@@ -382,7 +385,7 @@ class MemoryKeeper:
             size,
         )
 
-    def _free_bytes(self) -> int | None:
+    def free_bytes(self) -> int | None:
         """What the model may take: what is free, and what this process holds already."""
         snapshot = take_snapshot(self._device)
         if snapshot.free_bytes is None:
@@ -390,7 +393,7 @@ class MemoryKeeper:
         return snapshot.free_bytes + (snapshot.reserved_bytes or 0)
 
     def _lose_trust(self, plan: OffloadPlan) -> None:
-        self._distrust = Distrust(plan.peak_bytes, self._free_bytes(), self._patience)
+        self._distrust = Distrust(plan.peak_bytes, self.free_bytes(), self._patience)
         self._patience = min(2 * self._patience, LONGEST_PATIENCE)
 
 
