@@ -29,13 +29,17 @@ check: $(VENV)/.installed-test
 
 # What this machine's processor does with the demo model, beside stock diffusers, in a few minutes; a GPU has a
 # suite of its own below. ARGS="--repeat 9" and the like; `zimage-turbo bench --help` says what there is.
+# What is quicker here is measured first, and remembered below build/.
+bench: export XDG_CACHE_HOME := $(CURDIR)/build/cache
 bench: $(VENV)/.installed-test
+	$(BIN)/zimage-turbo tune --device cpu --size 256x256 --size 512x512 --json build/tune.json
 	$(BIN)/zimage-turbo bench --device cpu --size 256x256 --size 512x512 --compare-stock \
 		--json build/bench.json --markdown build/bench.md $(ARGS)
 
 # Needs a CUDA device; ARGS="--part limited --only 12GiB" runs a part of it, --tiny the same code on the CPU.
 bench-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m tests.gpu.bench --json build/bench-gpu.json --markdown build/bench-gpu.md $(ARGS)
+	$(BIN)/python -m tests.gpu.speed --json build/speed-gpu.json
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial, wraps
 from pathlib import Path
@@ -377,6 +377,8 @@ class Engine:
         return {
             **asdict(drawn_with(self.description.device)),
             "family": family.name,
+            # How far a lever moves random weights' noise says nothing of pictures.
+            "from_files": bool(self.identity.digest),
             "dtype": self.description.dtype,
             "denoiser": _shape_of(getattr(self.pipeline, family.denoiser)),
             "vae": _shape_of(self.pipeline.vae),
@@ -510,15 +512,10 @@ class Engine:
     def _one_after_another(self, works: Sequence[Callable[[Engine], _Finished]]) -> list[_Finished]:
         return [work(self) for work in works]
 
-    @contextmanager
-    def _acting(self, names: tuple[str, ...]) -> Iterator[None]:
+    def _acting(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
         """These levers act within; of drawings beside others they act in each pass of the denoiser."""
-        with (
-            self._levers.acting(names, may_compile=self._is_warming)
-            if self._each is None
-            else nullcontext()
-        ):
-            yield
+        is_beside_others = self._each is not None
+        return nullcontext() if is_beside_others else self._levers.acting(names, self._is_warming)
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -536,7 +533,7 @@ class Engine:
         return self._wanted_loras(request)
 
     @contextmanager
-    def held_for(self, request: GenerationRequest) -> Iterator[OffloadPlan | None]:
+    def held_for(self, request: GenerationRequest) -> Iterator[Held | None]:
         """Within, all is where a picture of this request's size wants it, its LoRAs on, its levers laid out.
 
         None where the plan in force moves weights while a picture is drawn, or where there is none: such a
@@ -555,19 +552,17 @@ class Engine:
             return
         try:
             is_whole = in_force.residency is Residency.NONE and not in_force.release_text_encoder
-            if is_whole:
-                # What is laid out stays so; what is a switch is the passes' own.
-                with self._levers.acting(self._levers_for(request, plan)):
-                    pass
-            yield in_force if is_whole else None
+            levers = self._levers_for(request, plan) if is_whole else ()
+            # What is laid out stays so; what is a switch is the passes' own.
+            with self._levers.acting(levers):
+                pass
+            yield Held(in_force, wanted, levers) if is_whole else None
         finally:
             self._keeper.after()
 
-    def room_beside(self, plan: OffloadPlan) -> int | None:
-        """How many drawings more than one the device's free memory suffices for; None where it has none.
-
-        `plan` is the one in force.
-        """
+    def room_beside(self, held: Held) -> int | None:
+        """How many drawings more than one the device's memory suffices for; None where it has none."""
+        plan = held.plan
         free = self._keeper.free_bytes() if self._keeper.has_own_memory else None
         if free is None:
             return None
@@ -576,7 +571,7 @@ class Engine:
         each = activation_bytes(family, config, plan.width_px, plan.height_px, True)
         return int(SHARE_OF_FREE * max(0, free - plan.peak_bytes) / max(1, each))
 
-    def at_seat(self, pipeline: Any, held: OffloadPlan, each: Each) -> Engine:
+    def at_seat(self, pipeline: Any, held: Held, each: Each) -> Engine:
         """This engine for one of several drawings under way at once, to be used while `held_for` holds.
 
         `pipeline` has these weights, a scheduler of its own, and shells of the denoiser and the VAE; `each`
@@ -585,13 +580,9 @@ class Engine:
         own = copy.copy(self)
         family = family_named(self.description.family)
         own._guarded = GuardedPipeline(pipeline, family, self._clock, self._embeddings)
-        own._keeper = HeldMemory(held, self._keeper.has_own_memory)  # type: ignore[assignment]
+        own._keeper = HeldMemory(held.plan, self._keeper.has_own_memory)  # type: ignore[assignment]
         own._each = each
         return own
-
-    def levers_for(self, request: GenerationRequest) -> tuple[str, ...]:
-        """What acts on pictures of this request's as things are now. Raises InvalidRequest."""
-        return self._levers_for(request, resolve(request, self.description))
 
     def preview(self, latents: torch.Tensor) -> Image | None:
         """A small picture of what is being drawn; None where none can be shown. Never raises.
@@ -762,6 +753,15 @@ class Engine:
             drawn_with=drawn_with(model.device),
             guidance_until=plan.guidance_until,
         )
+
+
+@dataclass(frozen=True)
+class Held:
+    """What stays as it is while drawings are under way at once: the memory plan, the LoRAs, the levers."""
+
+    plan: OffloadPlan
+    loras: tuple[WantedLora, ...]
+    levers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from tests.gpu.card import GIB, Card
 from tests.gpu.drawing import Asked
 from tests.gpu.parts import Bench, oom, residencies
 from zimage_engine.engine import Engine
+from zimage_engine.tuning import TuneWishes, tune
 from zimage_engine.types import GenerationRequest
 
 pytestmark = [
@@ -122,3 +123,18 @@ def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.zimage_engine.tiny_models import write_tiny_z_image
 
     return write_tiny_z_image(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_levers_stay_near_the_plain_path_and_exact_is_exact() -> None:
+    """Every lever that a card has, on the demo model."""
+    engine, plain = (Engine.load(device=DEVICE, exact=True) for _ in range(2))
+    tuning = tune(engine, [(256, 256), (512, 512)], TuneWishes(repeat=3))
+    for size in tuning.sizes:
+        tried = [trial for trial in size.trials if trial.seconds is not None]
+        assert {trial.lever for trial in tried} >= {"channels_last_vae", "compiled", "cuda_graphs"}
+        assert all((trial.mean_difference or 0) < 3 for trial in tried)
+        if size.levers:
+            assert size.mean_difference is not None and size.mean_difference <= 1
+    asked = GenerationRequest(prompt="a red circle", seed=5, width=256, height=256, exact=True)
+    drawn = [each.generate(asked).images[0].tobytes() for each in (engine, plain)]
+    assert drawn[0] == drawn[1]
