@@ -32,7 +32,7 @@ check: $(VENV)/.installed-test
 # What is quicker here is measured first, and remembered below build/.
 bench: export XDG_CACHE_HOME := $(CURDIR)/build/cache
 bench: $(VENV)/.installed-test
-	$(BIN)/zimage-turbo tune --device cpu --size 256x256 --size 512x512 --json build/tune.json
+	$(BIN)/zimage-turbo tune --device cpu --size 256x256 --size 512x512
 	$(BIN)/zimage-turbo bench --device cpu --size 256x256 --size 512x512 --compare-stock \
 		--json build/bench.json --markdown build/bench.md $(ARGS)
 

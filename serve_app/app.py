@@ -92,7 +92,9 @@ def growth(settings: Settings) -> "AutoscalingConfig | None":
 
     Each ingress hands over up to two pictures a worker and one more, so a queue of any length looks like
     2W + 1 to Serve: with a target of one a worker, W grows to 2W + 1 at once, 1 to 3 to 7, while a worker for
-    each caller who draws one picture after another is enough.
+    each caller who draws one picture after another is enough. Where requests share passes, up to
+    `max_batch_size` a worker are handed over, of which one pass draws all: half of them are the target then,
+    and never more than 2, because a queue of pictures that cannot share must make workers grow too.
     """
     if settings.max_replicas is None:
         return None
@@ -103,7 +105,7 @@ def growth(settings: Settings) -> "AutoscalingConfig | None":
     return AutoscalingConfig(
         min_replicas=settings.min_replicas,
         max_replicas=settings.max_replicas,
-        target_ongoing_requests=1,
+        target_ongoing_requests=min(2.0, max(1.0, settings.max_batch_size / 2)),
         upscale_delay_s=settings.upscale_seconds,
         downscale_delay_s=settings.downscale_seconds,
         look_back_period_s=look_back,
@@ -140,11 +142,15 @@ def serve_here(settings: Settings, folder: Path, ready: Callable[[], None]) -> N
     `folder` is for Ray's files, and removed at the end. Raises as `launch` does.
     """
     from serve_app.local_cluster import LocalCluster
+    from serve_app.local_engine import read_ahead
 
     settings = _with_absolute_paths(settings)
+    # The workers read the same files seconds later, when Ray is up: then they are in memory, or on their way.
+    reading = read_ahead(settings)
     _check_files(settings)
     with LocalCluster(settings, folder) as cluster:
         cluster.run(build, settings)
+        reading.stop()
         ready()
         try:
             threading.Event().wait()

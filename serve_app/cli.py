@@ -27,6 +27,7 @@ from serve_app.cli_keys import keys_app
 from serve_app.cli_names import with_launch_options, with_option_names
 from serve_app.cli_plan import plan
 from serve_app.cli_reproduce import reproduce
+from serve_app.cli_tune import tune
 from serve_app.terminal import DownloadBar, StepBar, say
 from zimage_engine.errors import EngineError, InvalidRequest
 from zimage_engine.types import GenerationReport, GenerationRequest, PictureReport, PromptCacheUse
@@ -65,6 +66,7 @@ app = typer.Typer(
 app.command()(inspect)
 app.command()(plan)
 app.command()(bench)
+app.command()(tune)
 app.command()(reproduce)
 app.command()(batch)
 app.command("check-config")(check_config)
@@ -162,9 +164,18 @@ QuantizeOption = Annotated[
     str | None,
     typer.Option(
         metavar="WAY",
-        help="Quantise the denoiser's matrices, int8 or fp8: half the memory, a little other pictures"
+        help="Quantise the denoiser's matrices, int8 or fp8: half the memory, a little other pictures;"
+        " int8-dynamic and fp8-dynamic multiply in the small type too, where the card does"
         " (default: not at all).",
         show_default=False,
+    ),
+]
+ExactOption = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="Draw by the plain path, bit for bit as stock diffusers does, whatever `zimage-turbo tune` found"
+        " to be quicker.",
     ),
 ]
 EmbeddingCacheOption = Annotated[
@@ -258,6 +269,7 @@ def launch(
     vram: VramOption = None,
     float8: Float8Option = False,
     quantize: QuantizeOption = None,
+    exact: ExactOption = False,
     embedding_cache: EmbeddingCacheOption = None,
     port: Annotated[
         int | None,
@@ -336,6 +348,7 @@ def launch(
             "vram": vram,
             "float8": float8 or None,
             "quantize": quantize,
+            "exact": exact or None,
             "embedding_cache": embedding_cache,
             "port": port,
             "host": host,
@@ -393,6 +406,7 @@ def generate(
     vram: VramOption = None,
     float8: Float8Option = False,
     quantize: QuantizeOption = None,
+    exact: ExactOption = False,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
     seed: Annotated[
@@ -485,6 +499,7 @@ def generate(
             guidance_until=guidance_until,
             enhance=not no_enhance,
             refine=refine,
+            exact=exact,
         )
         from zimage_engine.loading.lora_layouts import check_loras
         from zimage_engine.loading.lora_weight import parse_lora
@@ -516,6 +531,8 @@ def generate(
             dtype=dtype,
             memory=memory,
             threads=threads,
+            exact=exact,
+            may_compile=False,  # it takes longer than a picture or ten
         )
         if because := engine.description.dtype_because:
             say(f"Computing in {engine.description.dtype}: {because}", only_on_a_terminal=True)

@@ -80,6 +80,12 @@ def batch(
             min=1, max=1024, metavar="COUNT", help="Without a server: a CPU's threads.", show_default=False
         ),
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Without a server: draw by the plain path, whatever `tune` found to be quicker."
+        ),
+    ] = False,
 ) -> None:
     """Draw a file of prompts, each line a picture of its own.
 
@@ -91,7 +97,7 @@ def batch(
     from serve_app.settings import SettingsError
 
     try:
-        _batch(prompts, output, server, key, at_once, on_error == "skip", model, lora, device, threads)
+        _batch(prompts, output, server, key, at_once, on_error == "skip", model, lora, device, threads, exact)
     except (InvalidRequest, SettingsError) as wrong:
         say(f"zimage-turbo: {wrong}")
         raise typer.Exit(EXIT_INVALID_INPUT) from wrong
@@ -117,6 +123,7 @@ def _batch(
     loras: Sequence[str] | None,
     device: str | None,
     threads: int | None,
+    exact: bool,
 ) -> None:
     from filelock import FileLock, Timeout
 
@@ -135,7 +142,7 @@ def _batch(
             if left and server is not None:
                 draw = _by_server(left, server, key, manifest)
             elif left:
-                draw = _by_this_process(left, model, loras, device, threads)
+                draw = _by_this_process(left, model, loras, device, threads, exact)
             outcome = run(
                 tasks,
                 output,
@@ -195,6 +202,7 @@ def _by_this_process(
     loras: Sequence[str] | None,
     device: str | None,
     threads: int | None,
+    exact: bool,
 ) -> Draw:
     """Draws with an engine of its own. Raises InvalidRequest where its model cannot draw one of the tasks."""
     from serve_app.finishing import UNREADABLE, Finisher
@@ -203,7 +211,11 @@ def _by_this_process(
     from serve_app.settings import load_settings
 
     settings = load_settings(
-        model=model, loras=list(loras) if loras else None, device=device, cpu_threads=threads
+        model=model,
+        loras=list(loras) if loras else None,
+        device=device,
+        cpu_threads=threads,
+        exact=exact or None,
     )
     finisher = Finisher.of(settings)
     say(f"Loading {settings.model or 'the demo model'} ...", only_on_a_terminal=True)

@@ -115,6 +115,12 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Draw by the plain path, whatever `zimage-turbo tune` found to be quicker."
+        ),
+    ] = False,
     to_json: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write all figures as JSON.", show_default=False),
@@ -146,7 +152,7 @@ def bench(
         files = [_writable(path) for path in (to_json, to_markdown) if path is not None]
         report = _measured(
             _wishes(size, steps, guidance, repeat, compare_stock, tiny),
-            lambda: _loaded(model, synthetic, layers, device, dtype, threads, tiny),
+            lambda: _loaded(model, synthetic, layers, device, dtype, threads, tiny, exact),
         )
     except EngineError as failed:
         say(f"zimage-turbo: {with_option_names(str(failed))}")
@@ -210,6 +216,7 @@ def _loaded(
     dtype: str | None,
     threads: int | None,
     tiny: bool,
+    exact: bool,
 ) -> Loaded:
     """The engine to measure, fresh. Raises as `Engine.load`."""
     if synthetic is not None and model is not None:
@@ -226,7 +233,7 @@ def _loaded(
     from zimage_engine.bench.measuring import Loaded
 
     began = time.perf_counter()
-    engine = Engine.load(model, device, dtype=dtype, threads=threads)
+    engine = Engine.load(model, device, dtype=dtype, threads=threads, exact=exact)
     return Loaded(engine, time.perf_counter() - began)
 
 

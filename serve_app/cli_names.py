@@ -34,6 +34,7 @@ OPTION_OF_SETTING: Mapping[str, str] = {
     "float8": "--float8",
     "embedding_cache": "--embedding-cache",
     "quantize": "--quantize",
+    "exact": "--exact",
     "port": "--port",
     "host": "--host",
     "device": "--device",

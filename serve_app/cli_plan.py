@@ -66,7 +66,9 @@ def plan(
     quantize: Annotated[
         str | None,
         typer.Option(
-            metavar="WAY", help="Quantise the denoiser's matrices: int8 or fp8.", show_default=False
+            metavar="WAY",
+            help="Quantise the denoiser's matrices: int8, fp8, int8-dynamic or fp8-dynamic.",
+            show_default=False,
         ),
     ] = None,
     host: Annotated[

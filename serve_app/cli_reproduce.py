@@ -121,6 +121,7 @@ def _reproduce(
     from serve_app.local_engine import load_engine
     from serve_app.receipt import loras_of
     from serve_app.settings import load_settings
+    from zimage_engine.speed.levers import compiles
 
     # Where there is a folder of LoRAs, the receipt's names are looked up there.
     has_folder = load_settings().lora_folder is not None
@@ -133,10 +134,13 @@ def _reproduce(
         dtype=dtype or receipt.get("dtype"),
         quantize=receipt.get("quantize"),
         cpu_threads=threads or _threads_of(receipt),
+        # What would make it quicker takes part only where it did then.
+        exact=None if receipt.get("accelerated_by") else True,
     )
     finisher = Finisher.of(settings)
     say(f"Loading {settings.model or 'the demo model'} ...", only_on_a_terminal=True)
-    engine = load_engine(settings)
+    # What was drawn without compiled code needs none.
+    engine = load_engine(settings, may_compile=compiles(receipt.get("accelerated_by") or ()) is not None)
     with StepBar(number=1, of=1) as bar:
         result = engine.generate(request, on_step=bar.on_step)
     (drawn,), _ = finisher.finished(result, ImageEncoding("png"))

@@ -24,8 +24,8 @@ _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})(e[+-]?\d{1,3})?",
 _TRUTHS = {"true": True, "false": False}
 #: In a form all is text; these are not.
 _WHOLE_NUMBERS = frozenset({"n", "output_compression", "partial_images", "num_inference_steps", "seed"})
-_NUMBERS = frozenset({"strength", "guidance_scale"})
-_TRUE_OR_FALSE = frozenset({"stream", "enhance", "refine", "receipt"})
+_NUMBERS = frozenset({"strength", "guidance_scale", "guidance_until"})
+_TRUE_OR_FALSE = frozenset({"stream", "enhance", "refine", "exact", "receipt"})
 
 #: Clients that could send several pictures put brackets behind the name.
 _IMAGE_NAMES = ("image", "image[]")
@@ -56,6 +56,7 @@ VARIATION_FIELDS = (
     "strength",
     "num_inference_steps",
     "seed",
+    "exact",
     "loras",
     "receipt",
 )

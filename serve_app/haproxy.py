@@ -54,6 +54,9 @@ def environment(folder: Path, haproxy: str, ports: range, by_address: bool = Fal
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+        # gRPC's own 4 MB are less than a published tokenizer has, which a worker's description holds, and
+        # less than some pictures.
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
         PROXY_SECRET_VARIABLE: str(secret),

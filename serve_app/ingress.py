@@ -147,6 +147,10 @@ class PromptEnhancerIngress:
         """This ingress' name and metrics, for the ingress that is asked for those of all."""
         return self._metrics.named_text()
 
+    async def worker_is_loading(self, worker: str, part: float) -> None:
+        """A worker tells that it has read this part of its model's files, 0 to 1."""
+        self._service.worker_is_loading(worker, part)
+
     async def drain(self, seconds: float) -> int:
         """No new requests; returns when those under way are done, or how many are not after `seconds`."""
         return await self._draining.drain(seconds)

@@ -109,6 +109,7 @@ class RefusedRequests:
             plan.guidance_scale,
             plan.guidance_until,
             plan.refine,
+            request.exact,
             len(plan.seeds),
             request.enhance,
             request.enhancer,

@@ -227,6 +227,11 @@ class ImageGenerationRequest(BaseModel):
         None,
         description="Tell in the answer too how each picture was made, as its file does; null: false.",
     )
+    exact: bool | None = Field(
+        None,
+        description="true: draw by the plain path, bit for bit as stock diffusers does; accelerated_by in "
+        "the answer and the receipt tells what acts otherwise. null: false.",
+    )
 
 
 _WHOLE_NUMBERS = frozenset(
@@ -268,6 +273,8 @@ class Picture(BaseModel):
     watermark: str | None = None
     warnings: list[PictureWarning]
     loras: list[PictureLora] = []
+    #: What made it quicker and moved its last bits; [] where it was drawn by the plain path.
+    accelerated_by: list[str] = []
     #: How it was made, whole, as its file tells it too; `/v1/images/reproduce` takes it.
     receipt: dict[str, Any] | None = None
 
@@ -534,6 +541,7 @@ def to_engine(wire: ImageGenerationRequest, enhance_by_default: bool = True) -> 
         enhance=bool(_first(wire.enhance, enhance_by_default)),
         enhancer=wire.enhance if isinstance(wire.enhance, str) else None,
         refine=wire.refine,
+        exact=bool(wire.exact),
         loras=to_choices(wire),
         model=wire.model,
     )
@@ -606,6 +614,7 @@ def to_response(
                     for notice in (*report.warnings, *made.warnings, *_not_kept(links, number))
                 ],
                 "loras": [asdict(lora) for lora in report.loras],
+                "accelerated_by": list(report.accelerated_by),
                 **_edit(report),
                 **({"receipt": read_receipt(picture)} if wire.receipt else {}),
             }

@@ -217,6 +217,9 @@ def _from_receipt(sheet: _Sheet, receipt: Mapping[str, Any], text: str | None) -
         sheet.put("guidance_until", receipt["guidance_until"], _number(0, 1))
     sheet.as_it_stands()
     sheet.parameters["refine"] = receipt["refined"]
+    if not receipt.get("accelerated_by"):
+        # What has been found to be quicker since would draw other last bits.
+        sheet.parameters["exact"] = True
     model, loras = receipt.get("model"), receipt.get("loras")
     if isinstance(model, Mapping) and isinstance(model.get("id"), str):
         sheet.parameters["model"] = _clean(model["id"])

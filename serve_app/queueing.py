@@ -259,7 +259,7 @@ class FairQueue:
         line = self._line(name, now)
         self._check_limits(line, pictures, now)
         ticket = Ticket(name, work, pictures, line.entry.priority, self._entered, now, sharing)
-        if self._waiting or not self._has_room(ticket):
+        if self._waiting or not self._is_room(sharing):
             tickets, _ = self._going_for(line, name, work)
             self._refuse(tickets)
         if line.minute is not None:
@@ -277,20 +277,32 @@ class FairQueue:
         self._admit()
         return ticket
 
-    def check(self, name: str, work: float, pictures: int = 1, ahead: Sequence[Outside] = ()) -> None:
+    def check(
+        self,
+        name: str,
+        work: float,
+        pictures: int = 1,
+        ahead: Sequence[Outside] = (),
+        sharing: Sharing | None = None,
+    ) -> None:
         """Raise what `enter` would if those `ahead` had entered before. Nobody enters or goes."""
         now = self._clock()
         own = [pictures_ahead for caller, _, pictures_ahead in ahead if caller == name]
         line = self._line(name, now)
         self._check_limits(line, pictures, now, own)
-        self._going_for(line, name, work, ahead)
+        if ahead or self._waiting or not self._is_room(sharing):
+            self._going_for(line, name, work, ahead)
 
-    def displace(self, name: str, work: float, ahead: Sequence[Outside]) -> list[tuple[int, QueueFull]]:
+    def displace(
+        self, name: str, work: float, ahead: Sequence[Outside], sharing: Sharing | None = None
+    ) -> list[tuple[int, QueueFull]]:
         """Let those go who must for one that waits outside behind those `ahead`, as `enter` does.
 
         Tickets are refused here; who of `ahead` has to go is returned, with what to tell them. Nobody goes
         where the place has gone to others meanwhile.
         """
+        if not (ahead or self._waiting) and self._is_room(sharing):
+            return []
         try:
             tickets, outside = self._going_for(self._line(name, self._clock()), name, work, ahead)
         except QueueFull:
@@ -490,7 +502,7 @@ class FairQueue:
                 key=lambda each: (each.had, each.waiting[0].number),
             )
             # Strictly in this order: who could share what is drawn overtakes nobody.
-            if not self._has_room(line.waiting[0]):
+            if not self._is_room(line.waiting[0].sharing):
                 return
             ticket = line.waiting.popleft()
             self._uncount(line, ticket)
@@ -503,13 +515,13 @@ class FairQueue:
             self._admitted_work = sum(each.work for each in self._admitted)
             ticket.moved.set()
 
-    def _has_room(self, ticket: Ticket) -> bool:
-        """Whether it could be at the workers now, if it were its turn."""
+    def _is_room(self, sharing: Sharing | None) -> bool:
+        """Whether one more of that kind could be at the workers now, if it were its turn."""
         if len(self._admitted) < self.room:
             return True
-        if ticket.sharing is None or len(self._admitted) >= self.room_for(ticket.sharing):
+        if sharing is None or len(self._admitted) >= self.room_for(sharing):
             return False
-        alike = [each.sharing for each in self._admitted].count(ticket.sharing)
+        alike = [each.sharing for each in self._admitted].count(sharing)
         return len(self._admitted) - alike < self.room and alike > 0
 
     def _in_order(self) -> Iterator[tuple[Ticket, tuple[int, float]]]:

@@ -50,6 +50,7 @@ def receipt_of(report: GenerationReport, index: int) -> dict[str, Any]:
         "dtype": report.dtype,
         "offload": None if memory is None else memory.offload,
         "quantize": None if memory is None else memory.quantize,
+        **({"accelerated_by": list(report.accelerated_by)} if report.accelerated_by else {}),
         "versions": dict(made.versions),
     }
 
@@ -165,6 +166,7 @@ def request_of(receipt: Mapping[str, Any], source: SourcePicture | None = None) 
         seed=receipt["seed"],
         enhance=False,
         refine=receipt["refined"],
+        exact=not receipt.get("accelerated_by"),
         image=source if is_of_edit(receipt) else None,
         strength=receipt["edit"]["strength"] if is_of_edit(receipt) else None,
     )
@@ -215,6 +217,7 @@ _COMPARED = (
     "watermark",
     "dtype",
     "quantize",
+    "accelerated_by",
     "device",
     "device_name",
     "threads",

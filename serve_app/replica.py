@@ -29,6 +29,18 @@ def end_replica(exit_code: int) -> None:
         os._exit(exit_code)
 
 
+def own_ingresses() -> DeploymentHandle | None:
+    """A handle to all ingresses of this replica's application; None where no replica runs."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        context = serve.get_replica_context()
+    except RayServeException:
+        return None
+    return serve.get_app_handle(context.app_name)
+
+
 def own_deployment() -> DeploymentHandle | None:
     """A handle to all replicas of this process' deployment; None where no replica runs."""
     from ray import serve

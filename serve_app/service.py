@@ -28,6 +28,7 @@ from serve_app.error_mapping import (
 )
 from serve_app.image_codec import ImageEncoding
 from serve_app.live_settings import InForce, LiveSettings, at_start
+from serve_app.loading_told import LoadingSeen
 from serve_app.logs import REQUESTS, request_id
 from serve_app.lost_workers import Losses, RefusedRequests, named_request
 from serve_app.metrics import ServerMetrics, merged
@@ -99,6 +100,8 @@ class Readiness:
     ready: bool
     reason: str
     former_settings: bool = False
+    #: While the model is loaded for the first time: the part of its files that is read, 0 to 1, where told.
+    loading_part: float | None = None
 
 
 class _Described:
@@ -177,6 +180,7 @@ class ImageService:
         self._counted_at = float("-inf")
         self._counting: asyncio.Task[bool] | None = None
         self._a_worker_refused_settings = False
+        self._loading = LoadingSeen()
 
     async def generate(
         self,
@@ -221,7 +225,7 @@ class ImageService:
                     self._refuse_what_kills(request, plan)
                     work = work_of(plan)
                     self._count_workers_soon()
-                    sharing = self._sharing(request, plan, description)
+                    sharing = self.sharing_of(request, plan, description)
                     async with turn(
                         self._queue, asked_by, work, len(plan.seeds), on_place, sharing
                     ) as ticket:
@@ -236,6 +240,8 @@ class ImageService:
             )
             current().drawn(reply, report, asked_at)
             told = {"outcome": "ok", "seconds": round(seconds, 3), "pictures": len(report.pictures)}
+            if report.accelerated_by:
+                told["accelerated_by"] = " ".join(report.accelerated_by)
             requests.info("request ended", extra=told)
             return replace(reply, report=report, queue_seconds=ticket.waited_seconds)
 
@@ -286,22 +292,33 @@ class ImageService:
         most = most_together(self._max_batch_size, self._description)
         return self._queue.room_for(Sharing(None, most))
 
-    def _sharing(
+    def sharing_of(
         self, request: GenerationRequest, plan: SamplingPlan, model: ModelDescription
     ) -> Sharing | None:
         """What else could be drawn beside it; None where it is drawn alone."""
         most = most_of_size(plan.width_px, plan.height_px, most_together(self._max_batch_size, model))
-        if most < 2 or request.image is not None:
+        is_written_for = request.enhance and request.enhancer == "model"
+        if most < 2 or request.image is not None or is_written_for:
             return None
-        return Sharing((request.model, plan.width_px, plan.height_px, request.loras), most)
+        kind = (request.model, plan.width_px, plan.height_px, request.loras, request.exact)
+        return Sharing(kind, most)
 
-    def check_room(self, asked_by: str, work: float, pictures: int, ahead: Sequence[Outside]) -> None:
+    def check_room(
+        self,
+        asked_by: str,
+        work: float,
+        pictures: int,
+        ahead: Sequence[Outside],
+        sharing: Sharing | None = None,
+    ) -> None:
         """Raise what `generate` would of the queue, for one who waits behind those `ahead`, outside of it."""
-        self._queue.check(asked_by, work, pictures, ahead)
+        self._queue.check(asked_by, work, pictures, ahead, sharing)
 
-    def make_room(self, asked_by: str, work: float, ahead: Sequence[Outside]) -> list[tuple[int, QueueFull]]:
+    def make_room(
+        self, asked_by: str, work: float, ahead: Sequence[Outside], sharing: Sharing | None = None
+    ) -> list[tuple[int, QueueFull]]:
         """Refuse those who must go for that one; who of `ahead` has to go is returned, with what to say."""
-        return self._queue.displace(asked_by, work, ahead)
+        return self._queue.displace(asked_by, work, ahead, sharing)
 
     def seconds_for(self, work: float) -> float | None:
         """How long the workers take for so much, by the last drawings; None before the first."""
@@ -485,7 +502,17 @@ class ImageService:
             )
             self._a_worker_refused_settings = any(refused)
         former_settings = bool(self._in_force.refusal) or self._a_worker_refused_settings
-        return Readiness(ready, "ready" if ready else self._reason_not_ready(), former_settings)
+        reason = "ready" if ready else self._reason_not_ready()
+        return Readiness(ready, reason, former_settings, None if ready else self.loading_part)
+
+    def worker_is_loading(self, worker: str, part: float) -> None:
+        """A worker tells that it has read this part of its model's files, 0 to 1."""
+        self._loading.note(worker, part)
+
+    @property
+    def loading_part(self) -> float | None:
+        """How much of its files the worker has read that is farthest, 0 to 1; None where none told lately."""
+        return self._loading.part
 
     async def device_status(self) -> DeviceStatus | None:
         """The device of one worker; None where no worker answers."""
@@ -789,7 +816,9 @@ class ImageService:
 
     def _reason_not_ready(self) -> str:
         if self._description is None:
-            return "No worker has its model yet: it is still being loaded. Try again in a few seconds."
+            part = self.loading_part
+            read = "" if part is None else f", {part:.0%} of its files are read"
+            return f"No worker has its model yet: it is still being loaded{read}. Try again in a few seconds."
         return "No worker answers at the moment; a new one is being started. Try again in a few seconds."
 
 

@@ -113,10 +113,15 @@ class Settings(BaseSettings):
         default=False,
         description="Keep the denoiser's matrices in float8: half the memory, a little coarser.",
     )
-    quantize: Literal["int8", "fp8"] | None = Field(
+    quantize: Literal["int8", "fp8", "int8-dynamic", "fp8-dynamic"] | None = Field(
         default=None,
         description="Quantise the denoiser's matrices by torchao, int8 or fp8: half the memory, a little "
-        "other pictures; empty: not at all.",
+        "other pictures; int8-dynamic and fp8-dynamic multiply in the small type too; empty: not at all.",
+    )
+    exact: bool = Field(
+        default=False,
+        description="Draw by the plain path, bit for bit as stock diffusers does, whatever `zimage-turbo "
+        "tune` found to be quicker.",
     )
     embedding_cache: int = Field(
         default=EMBEDDING_CACHE_BYTES,
@@ -182,7 +187,8 @@ class Settings(BaseSettings):
         default=1,
         ge=1,
         le=64,
-        description="Requests of one size that share each forward pass at most; 1 draws one after another.",
+        description="Pictures of one size, of one request or of several, that share each forward pass at "
+        "most; 1 draws one after another.",
     )
     default_steps: int | None = Field(
         default=None,

@@ -266,7 +266,7 @@ class SharedTurns:
     ) -> None:
         if end.done():
             return
-        table.members.discard(end)
+        table.members.pop(end, None)
         self._count(-1)
         if isinstance(outcome, BaseException):
             end.set_exception(outcome)
@@ -293,8 +293,8 @@ class _Table:
     engine: Engine
     first: ToDraw
     together: Together | None
-    #: Who has not ended yet.
-    members: set[asyncio.Future[GenerationResult]] = field(default_factory=set)
+    #: Who has not ended yet, and how many pictures it asked for.
+    members: dict[asyncio.Future[GenerationResult], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -303,12 +303,17 @@ class _Table:
         self._began = time.monotonic()
         self._most = 1 if self.together is None else self.together.most_beside(self.first.request)
 
+    @property
+    def _pictures(self) -> int:
+        """Those that are being drawn or about to be."""
+        return sum(self.members.values())
+
     def takes(self, engine: Engine, request: GenerationRequest) -> bool:
         """Whether it could be drawn beside the first who came."""
         return (
             engine is self.engine
             and self.together is not None
-            and len(self.members) < self._most
+            and self._pictures < self._most
             and time.monotonic() - self._began < JOINING_SECONDS
             and self.together.may_join(self.first.request, request)
         )
@@ -319,7 +324,7 @@ class _Table:
             if self._is_closed:
                 return False
             self._coming.append(asked)
-        self.members.add(end)
+        self.members[end] = asked.request.n
         return True
 
     def newcomers(self) -> list[Asked]:

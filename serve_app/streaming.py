@@ -319,6 +319,7 @@ def events_in_docs(kind: EventKind = GENERATION) -> dict[str, Any]:
         "refined": False,
         "warnings": [],
         "loras": [],
+        "accelerated_by": [],
         **({"strength": 0.65, "steps_run": 5} if kind is EDIT else {}),
         "usage": {
             "input_tokens": 3 + read_tokens,

@@ -174,17 +174,19 @@ class _OpenTelemetryTrace(Trace):
         self.passed("encode_file", times.encoded_at - reply.encode_file_seconds, times.encoded_at)
 
     def _tell_pictures(self, report: GenerationReport, times: WorkerTimes) -> None:
-        """One after the other, each stage as long as it took.
+        """One after the other, or beside each other where they were drawn so, each stage as long as it took.
 
         The denoiser ends with its last step, whose time is known; what was done between the stages, as
         looking at a picture, is a gap.
         """
-        at = times.began_at
+        at = drawn_from = times.began_at
         for number, picture in enumerate(report.pictures, start=1):
             steps = {step: ended_at for of, step, ended_at in times.steps if of == number}
             trips = picture.guard.trips
             if picture.encode_seconds > 0:
-                at = self._stage("encode", number, at, picture.encode_seconds, trips)
+                at = drawn_from = self._stage("encode", number, at, picture.encode_seconds, trips)
+            if any(ended_at < at for ended_at in steps.values()):  # drawn beside the one before
+                at = drawn_from
             last_step_at = max(steps.values(), default=at)
             began_at = max(at, last_step_at - picture.denoise_seconds)
             at = self._stage("denoise", number, began_at, picture.denoise_seconds, trips, steps)
@@ -248,6 +250,7 @@ def _facts(report: GenerationReport) -> dict[str, Any]:
         "pictures": len(report.pictures),
         "steps": report.num_inference_steps,
         "guidance_scale": report.guidance_scale,
+        "accelerated_by": report.accelerated_by,
         "warnings": tuple(
             notice.code
             for notice in (*report.warnings, *(each for p in report.pictures for each in p.warnings))

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from serve_app.finishing import Finisher
 from serve_app.image_codec import ImageEncoding, encode_preview
 from serve_app.live_settings import InForce, at_start
+from serve_app.loading_told import tell_ingresses
+from serve_app.local_engine import read_ahead
 from serve_app.logs import in_trace, log_to_terminal, trace_id_of_request
 from serve_app.metrics import MemoryFigures, WorkerMetrics
 from serve_app.model_list import DEFAULT_NAMES, ListedModel, ModelState
@@ -40,6 +42,7 @@ from serve_app.worker_reply import (
 )
 from zimage_engine.cpu import Cores, ThreadPlan, plan_threads, read_cores
 from zimage_engine.errors import DeviceFailed
+from zimage_engine.loading.collector import collector_at_rest
 from zimage_engine.sampling.control import DrawingControl, OnLatents
 from zimage_engine.types import (
     DeviceStatus,
@@ -100,7 +103,15 @@ class ImageWorker:
         # First, because it is told at once where a certificate cannot sign, and loading may take minutes.
         self._finisher = await loop.run_in_executor(self._encoders, Finisher.of, settings)
         began = time.perf_counter()
-        engine: Engine = await loop.run_in_executor(self._device_thread, load or _load_engine, settings)
+        reading = read_ahead(settings)
+        telling = asyncio.create_task(tell_ingresses(reading))
+        try:
+            engine: Engine = await loop.run_in_executor(self._device_thread, load or _load_engine, settings)
+            # What is mapped and not read yet, the first picture would wait for.
+            await asyncio.to_thread(reading.wait)
+        finally:
+            reading.stop()
+            telling.cancel()
         loaded_seconds, repairs = time.perf_counter() - began, len(engine.repairs)
         self._description = engine.description
         self._metrics = WorkerMetrics(replica_name(), self._description, loaded_seconds, repairs)
@@ -317,13 +328,20 @@ class ImageWorker:
         return shows
 
     def _sketching(self, publish: Callable[[Future[Preview]], Any]) -> Shows:
-        """Publishes a sketch after every step but the last; none while the one before is not packed yet."""
+        """Publishes a sketch after every step but the last; none while the one before is not packed yet.
+
+        Of pictures that are drawn at once it follows one to its end, and then the next.
+        """
 
         def shows(engine: Engine) -> OnLatents:
             last: Future[Preview] | None = None
+            followed = 0
 
             def on_latents(progress: StepProgress, latents: torch.Tensor) -> None:
-                nonlocal last
+                nonlocal last, followed
+                if followed not in (0, progress.picture):
+                    return
+                followed = 0 if progress.step == progress.steps else progress.picture
                 if progress.step == progress.steps or (last is not None and not last.done()):
                     return
                 image = engine.sketch(latents)
@@ -376,14 +394,17 @@ class ImageWorker:
     ) -> tuple[GenerationResult, float, list[tuple[int, int, float]]]:
         """What was drawn, when that began, and each step's end."""
         steps: list[tuple[int, int, float]] = []
+        last_at: dict[int, float] = {}
         began_at = time.time()
 
         def stepped(progress: StepProgress) -> None:
             ended_at = time.time()
             if self._turns.most_for(engine) == 1:
                 self._metrics.record_pass(1)
-            if progress.step > 1 and steps:
-                self._metrics.record_step(ended_at - steps[-1][2])
+            # Pictures of one request may be drawn at once: its own step before is meant.
+            if progress.step > 1 and progress.picture in last_at:
+                self._metrics.record_step(ended_at - last_at[progress.picture])
+            last_at[progress.picture] = ended_at
             steps.append((progress.picture, progress.step, ended_at))
             publish(progress)
 
@@ -431,9 +452,10 @@ def _load_engine(settings: Settings) -> Engine:
     # After the last product of a picture OpenMP's threads would go on looking for work for some milliseconds,
     # on cores that the reply needs. Drawing takes as long with this bound as without (1000 would slow it).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    import torch
+    with collector_at_rest():
+        import torch
 
-    from zimage_engine import Engine
+        from zimage_engine import Engine
 
     torch.set_num_threads(planned.threads)
     return Engine.load(
@@ -448,6 +470,7 @@ def _load_engine(settings: Settings) -> Engine:
         dtype=settings.dtype,
         memory=settings.memory,
         embedding_cache_bytes=settings.embedding_cache,
+        exact=settings.exact,
     )
 
 
@@ -466,6 +489,8 @@ def _load_listed(settings: Settings, model: ListedModel) -> Engine:
         dtype=model.dtype or settings.dtype,
         memory=settings.memory,
         embedding_cache_bytes=settings.embedding_cache,
+        exact=settings.exact,
+        may_compile=False,  # others' requests wait while it is loaded
     )
     engine.description = replace(engine.description, id=model.name)
     return engine

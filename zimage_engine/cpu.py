@@ -142,24 +142,32 @@ def read_quota(root: Path = Path("/")) -> float | None:
 
     Reads version 1 and version 2 of Linux's control groups. None: no limit, or none that can be seen.
     """
+    quotas = (_quota_in(folder) for folder in control_group_folders("cpu", root))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def control_group_folders(controller: str, root: Path = Path("/")) -> list[Path]:
+    """Where the control group of this process and those above it tell of `controller`, such as "memory".
+
+    Empty where the system has none, or shows none.
+    """
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = (root / "proc/self/mountinfo").read_text().splitlines()
     except OSError:
-        return None
-    quotas = (_quota_in(root / folder) for folder in _group_folders(groups, mounts))
-    return min((quota for quota in quotas if quota is not None), default=None)
+        return []
+    return [root / folder for folder in _group_folders(controller, groups, mounts)]
 
 
-def _group_folders(groups: list[str], mounts: list[str]) -> Iterator[str]:
-    """Where the group and those above it lie, without the leading slash. The formats: cgroups(7), proc(5)."""
+def _group_folders(controller: str, groups: list[str], mounts: list[str]) -> Iterator[str]:
+    """Those folders without the leading slash. The formats: cgroups(7), proc(5)."""
     own = {controllers: path for _, controllers, path in (line.split(":", 2) for line in groups)}
-    in_v1 = next((path for controllers, path in own.items() if "cpu" in controllers.split(",")), None)
+    in_v1 = next((path for controllers, path in own.items() if controller in controllers.split(",")), None)
     for mount in mounts:
         about, _, system = mount.partition(" - ")
         mount_root, mount_point = about.split()[3:5]
         kind, _, options = system.split(" ", 2)
-        is_v1 = kind == "cgroup" and "cpu" in options.split(",")
+        is_v1 = kind == "cgroup" and controller in options.split(",")
         path = own.get("") if kind == "cgroup2" else in_v1 if is_v1 else None
         if path is None:
             continue

@@ -72,8 +72,8 @@ from zimage_engine.sampling.text_generation import OnText
 from zimage_engine.sampling.told import guard_notices
 from zimage_engine.second_look import drawn_and_looked_at
 from zimage_engine.speed.acting import Levers
-from zimage_engine.speed.levers import LEVER_NAMES, Choices, compiles, lever_named
-from zimage_engine.speed.remembered import RememberedChoices, key_of_choice
+from zimage_engine.speed.levers import LEVER_NAMES, Choices, compiles, lever_named, names_in, only
+from zimage_engine.speed.remembered import key_of_choice, remembered_choices
 from zimage_engine.speed.warming import pictures_to_compile
 from zimage_engine.types import (
     EMBEDDING_CACHE_BYTES,
@@ -206,6 +206,7 @@ class Engine:
         embedding_cache_bytes: int = EMBEDDING_CACHE_BYTES,
         threads: int | None = None,
         exact: bool = False,
+        may_compile: bool = True,
     ) -> Engine:
         """Load a model folder, single file or hub id; None is the demo model that comes with the package.
 
@@ -223,7 +224,8 @@ class Engine:
         none; pictures are the same.
         `threads` is what a CPU computes with, None: every core that the process may use.
         What `zimage_engine.tuning` found to be quicker for this model on this device acts; with `exact`, and
-        where nothing was measured, pictures are drawn as by stock diffusers, bit for bit.
+        where nothing was measured, pictures are drawn as by stock diffusers, bit for bit. Without
+        `may_compile` what of it has to be compiled first is left out: for who draws little or cannot wait.
 
         `device` is "cuda", "cuda:1", "mps" or "cpu"; None takes the best there is, in that order.
         Raises DeviceUnavailable, CheckpointNotFound, UnknownFamily or CheckpointDamaged.
@@ -262,7 +264,7 @@ class Engine:
         engine.repairs = adapter.repairs
         engine.identity = adapter.identity
         if not exact:
-            engine.accelerate_as_remembered()
+            engine.accelerate_as_remembered(may_compile)
         return engine
 
     @property
@@ -396,8 +398,10 @@ class Engine:
         self._is_warming = True
         try:
             self._levers.use(choices, compiled_folder)
-            for request in pictures_to_compile(self._levers.choices, self.description):
-                self.generate(request)
+            # Where nothing compiled could act now there is nothing to compile for.
+            if self._is_whole_on_device and not len(self._shelf):
+                for request in pictures_to_compile(self._levers.choices, self.description):
+                    self.generate(request)
         except DeviceFailed:
             raise
         # A compiler may end in any error there is, and none of them is a reason not to draw.
@@ -407,28 +411,43 @@ class Engine:
         finally:
             self._is_warming = False
 
-    def accelerate_as_remembered(self) -> None:
-        """Let act what was measured to be quicker here; what fails is told in the log and left out."""
+    def accelerate_as_remembered(self, may_compile: bool = True) -> None:
+        """Let act what was measured to be quicker here; what fails is told in the log and left out.
+
+        Without `may_compile` what would have to be compiled is left out too.
+        """
         remembered = remembered_choices()
         key = key_of_choice(self.lever_facts)
-        choices = remembered.recall(key)
-        names = {name for names in choices.values() for name in names}
-        if not names:
-            return
-        started = time.perf_counter()
-        try:
-            with remembered.trying(key, compiles(names) or min(names)):
-                self.accelerate(choices)
-        except LeverFailed as failed:
-            logger.warning("drawn without what was measured to be quicker here: %s", failed)
-        else:
-            told = ", ".join(lever_named(name).title for name in LEVER_NAMES if name in names)
+        found = remembered.recall(key)
+        facts = self._levers.facts
+        ready = only(found, lambda lever: not lever.compiles)
+        wanted = only(found, lambda lever: lever.refusal(facts) is None) if may_compile else ready
+        if not found:
+            logger.info("nothing was measured to be quicker here; `zimage-turbo tune` does it once")
+        for choices in (wanted, ready):
+            names = names_in(choices)
+            if not names:
+                return
+            started = time.perf_counter()
+            try:
+                with remembered.trying(key, compiles(names) or names[0]):
+                    self.accelerate(choices)
+            except LeverFailed as failed:
+                logger.warning("what was measured to be quicker here is left out: %s", failed)
+                continue
+            told = ", ".join(lever_named(name).title for name in names)
             logger.info("quicker by %s; ready after %.1f s", told, time.perf_counter() - started)
+            return
+
+    @property
+    def _is_whole_on_device(self) -> bool:
+        """Whether no weights move while a picture is drawn."""
+        placed = self._keeper.plan
+        return placed is not None and placed.residency is Residency.NONE
 
     def _levers_for(self, request: GenerationRequest, plan: SamplingPlan) -> tuple[str, ...]:
         """What acts on this picture: nothing while weights move, no compiled code with LoRAs among them."""
-        placed = self._keeper.plan
-        if request.exact or placed is None or placed.residency is not Residency.NONE:
+        if request.exact or not self._is_whole_on_device:
             return ()
         names = self._levers.for_picture(plan.width_px, plan.height_px)
         return tuple(name for name in names if not (len(self._shelf) and lever_named(name).compiles))
@@ -837,11 +856,6 @@ def _shape_of(part: Any) -> list[str]:
     """The class of a diffusers model and all of its settings but where they came from."""
     settings = {name: value for name, value in part.config.items() if not name.startswith("_")}
     return [type(part).__name__, json.dumps(settings, sort_keys=True, default=str)]
-
-
-def remembered_choices() -> RememberedChoices:
-    """What was measured on this machine, in the user's cache folder."""
-    return RememberedChoices(default_cache_folder().parent / "levers")
 
 
 def _model_id(path_or_id: str | Path | None) -> str:

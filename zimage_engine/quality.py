@@ -16,6 +16,7 @@ picture, and latent cells set to 0, which decode to a soft blot like a drawn one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -187,7 +188,7 @@ CODES: tuple[str, ...] = tuple(finding.code for finding in _FINDINGS)
 
 def measure(image: Image) -> PictureQuality:
     """Measure a PIL picture, of any mode and size. Under 10 ms for 1024x1024 on one core (the benchmark)."""
-    from PIL import ImageChops, ImageStat
+    from PIL import ImageChops
 
     picture = image.convert("RGB")
     channels = picture.split()
@@ -198,13 +199,25 @@ def measure(image: Image) -> PictureQuality:
     contrast, detail, equal = _noise(pixels)
     return PictureQuality(
         brighter_share=sum(histogram[BLACK_LEVEL + 1 :]) / sum(histogram),
-        spread_levels=max(ImageStat.Stat(channel).stddev[0] for channel in channels),
+        spread_levels=_spread_levels(picture),
         black_border_share=_black_border_share(np.asarray(brightest) > BLACK_LEVEL),
         block_share=block_share,
         even_elsewhere_share=even_elsewhere_share,
         calmest_contrast_levels=contrast,
         colour_detail_levels=detail,
         equal_neighbours_share=equal,
+    )
+
+
+def _spread_levels(picture: Image) -> float:
+    """The standard deviation of the most varied channel, bit for bit that of PIL's ImageStat."""
+    counts = np.asarray(picture.histogram(), dtype=np.int64).reshape(3, -1)
+    levels = np.arange(counts.shape[1])
+    pixels = picture.width * picture.height
+    sums, squares = (counts @ levels).tolist(), (counts @ levels**2).tolist()
+    return max(
+        math.sqrt(max(0.0, square - total**2.0 / pixels) / pixels)
+        for total, square in zip(sums, squares, strict=True)
     )
 
 

@@ -1,4 +1,4 @@
-"""Several requests drawn at once by one engine, each as it would be drawn alone.
+"""Several requests drawn at once by one engine, and the pictures of each, all as they would be drawn alone.
 
 Made for a server's queue: requests are taken as they come, also while others are being drawn, and share the
 denoiser's forward passes where they can. Requests never wait for company. Knows no HTTP and no queue.
@@ -7,30 +7,22 @@ denoiser's forward passes where they can. Requests never wait for company. Knows
 from __future__ import annotations
 
 import contextvars
-import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from zimage_engine.engine import Engine
+from zimage_engine.engine import Engine, Held
 from zimage_engine.errors import EngineError, OutOfMemory
-from zimage_engine.memory.activations import activation_bytes
-from zimage_engine.memory.residency import OffloadPlan, Residency
 from zimage_engine.sampling.company import Company, Drawing, Seat, Shared, Verdicts
 from zimage_engine.sampling.control import DrawingControl
-from zimage_engine.sampling.device_failure import device_failures_named
-from zimage_engine.sampling.pipeline import GuardedPipeline
-from zimage_engine.sampling.plan import SamplingPlan, most_of_size, resolve
-from zimage_engine.types import GenerationRequest, GenerationResult
+from zimage_engine.sampling.plan import most_of_size, resolve
+from zimage_engine.types import GenerationReport, GenerationRequest, GenerationResult
 
 logger = logging.getLogger(__name__)
-
-#: Of the memory that is free beside one drawing, what the others may be predicted to take.
-SHARE_OF_FREE = 0.8
 
 Ended = Callable[[GenerationResult | BaseException], None]
 
@@ -76,18 +68,19 @@ class Together:
     def may_join(self, first: GenerationRequest, other: GenerationRequest) -> bool:
         """Whether `other` can be drawn beside `first`: where both would gain, and can be at once.
 
-        They are of one size, which leaves room in a pass for two, have the same LoRAs, no picture to begin
-        with, and their model's calls share a forward pass.
+        They are of one size, which leaves room in a pass for two, name the same LoRAs, have no picture to
+        begin with and no prompt that the model is to rewrite first, and their model's calls share a forward
+        pass. Reads no files.
         """
-        engine = self._engine
-        if self._most < 2 or not engine.description.shares_passes:
+        model = self._engine.description
+        if self._most < 2 or not model.shares_passes:
             return False
-        if first.image is not None or other.image is not None:
+        if first.loras != other.loras or first.exact != other.exact:
+            return False
+        if any(each.image is not None or _is_written_for(each) for each in (first, other)):
             return False
         try:
-            plans = [resolve(request, engine.description) for request in (first, other)]
-            if engine._wanted_loras(first) != engine._wanted_loras(other):
-                return False
+            plans = [resolve(request, model) for request in (first, other)]
         except EngineError:  # it is told when it is drawn, alone
             return False
         sizes = {(plan.width_px, plan.height_px) for plan in plans}
@@ -96,17 +89,23 @@ class Together:
     def run(self, first: Asked, come: Callable[[], Sequence[Asked]]) -> None:
         """Draw `first` and those that `come` hands out until there are none; all of them may join it.
 
-        What memory does not suffice for at once is drawn alone afterwards, and what cannot be beside others
-        (the plan in force moves weights) alone from the beginning.
+        What memory does not suffice for at once is drawn alone afterwards, and so is one for whom a LoRA's
+        file was exchanged meanwhile; what cannot be beside others (the plan in force moves weights) alone
+        from the beginning.
         """
         engine = self._engine
         alone: list[Asked] = []
-        with _held(engine, first.request) as plan:
-            if plan is None:
+        with engine.held_for(first.request) as held:
+            if held is None:
                 alone.append(first)
             else:
                 company = Company(
-                    engine._guarded._denoiser, self._room_for(plan), self._verdicts, self._on_pass
+                    engine.denoiser,
+                    self._room_for(held),
+                    self._verdicts,
+                    self._on_pass,
+                    partial(engine.levers.during_passes, held.levers),
+                    held.levers,
                 )
                 waiting = [first]
 
@@ -114,7 +113,7 @@ class Together:
                     # Who ran out of memory came first and is drawn before whoever comes later.
                     asked = [*waiting, *(() if alone else come())]
                     waiting.clear()
-                    return [self._drawing(each, company, plan, alone) for each in asked]
+                    return [self._drawing(each, company, held, alone) for each in asked]
 
                 company.run(newcomers)
                 self.shared = company.shared
@@ -129,24 +128,34 @@ class Together:
             return 1
         return most_of_size(plan.width_px, plan.height_px, self._most)
 
-    def _room_for(self, plan: OffloadPlan) -> int:
+    def _room_for(self, held: Held) -> int:
         """How many drawings can share a pass: by what the device has beside one, and at most `most`."""
-        engine = self._engine
-        most = most_of_size(plan.width_px, plan.height_px, self._most)
-        free = engine._keeper._free_bytes() if engine._keeper.has_own_memory else None
-        if free is None:
-            return most
-        config: dict[str, Any] = dict(getattr(engine.pipeline, engine._guarded._family.denoiser).config)
-        each = activation_bytes(engine._guarded._family, config, plan.width_px, plan.height_px, True)
-        others = int(SHARE_OF_FREE * max(0, free - plan.peak_bytes) / max(1, each))
-        return min(most, 1 + others)
+        most = most_of_size(held.plan.width_px, held.plan.height_px, self._most)
+        others = self._engine.room_beside(held)
+        return most if others is None else min(most, 1 + others)
 
-    def _drawing(self, asked: Asked, company: Company, plan: OffloadPlan, alone: list[Asked]) -> Drawing:
-        seat = company.seat(self._engine.pipeline, self._engine._guarded._family.denoiser)
-        engine = _engine_at(seat, self._engine, plan)
+    def _drawing(self, asked: Asked, company: Company, held: Held, alone: list[Asked]) -> Drawing:
+        seats: list[Seat] = []
+
+        def seated() -> Engine:
+            seats.append(company.seat(self._engine.pipeline, self._engine.denoiser_name))
+            return self._engine.at_seat(seats[-1].pipeline, held, each)
+
+        def each(works: Sequence[Callable[[Engine], Any]]) -> list[Any]:
+            """Each of several pictures has a seat of its own."""
+            if len(works) == 1:
+                return [works[0](engine)]
+            engines = [seated() for _ in works]
+            own = seats[-len(works) :]
+            return company.each([(own[at], partial(work, engines[at])) for at, work in enumerate(works)])
+
+        engine = seated()
 
         def run() -> None:
             try:
+                if self._engine.loras_for(asked.request) != held.loras:
+                    alone.append(asked)
+                    return
                 asked.begins(engine)
                 result = engine.generate(asked.request, control=asked.control)
             except (torch.OutOfMemoryError, OutOfMemory):
@@ -155,10 +164,21 @@ class Together:
             except BaseException as error:
                 asked.ended(error)
             else:
-                shared = {"sharing": round(seat.sharing, 2), "device_seconds": seat.seconds}
-                asked.ended(replace(result, report=replace(result.report, **shared)))  # type: ignore[arg-type]
+                asked.ended(replace(result, report=_told(result.report, seats)))
 
-        return Drawing(seat, run, asked.context)
+        return Drawing(seats[0], run, asked.context)
+
+
+def _told(report: GenerationReport, seats: Sequence[Seat]) -> GenerationReport:
+    """The report of what was drawn at these seats, with what it shared and what of the time was its own."""
+    passes = sum(seat.passes for seat in seats)
+    sharing = sum(seat.drawings for seat in seats) / passes if passes else 1.0
+    return replace(report, sharing=round(sharing, 2), device_seconds=sum(seat.seconds for seat in seats))
+
+
+def _is_written_for(request: GenerationRequest) -> bool:
+    """Whether the model's text encoder rewrites the prompt first; others would stand still meanwhile."""
+    return request.enhance and request.enhancer == "model"
 
 
 def draw_into(engine: Engine, asked: Asked) -> None:
@@ -170,55 +190,3 @@ def draw_into(engine: Engine, asked: Asked) -> None:
         asked.ended(error)
     else:
         asked.ended(result)
-
-
-@contextmanager
-def _held(engine: Engine, request: GenerationRequest) -> Iterator[OffloadPlan | None]:
-    """The memory plan for the request's size is in force within; None where it moves weights, or is none."""
-    keeper = engine._keeper
-    try:
-        with device_failures_named(engine.description.device):
-            plan: SamplingPlan = resolve(request, engine.description)
-            wanted = engine._wanted_loras(request)
-            engine._put_on(wanted)
-            engine._let_idle_loras_go(wanted, plan)
-            # As with guidance: who joins may have it.
-            in_force = keeper.before(plan.width_px, plan.height_px, True)
-    except EngineError:
-        yield None
-        return
-    try:
-        is_whole = in_force.residency is Residency.NONE and not in_force.release_text_encoder
-        yield in_force if is_whole else None
-    finally:
-        keeper.after()
-
-
-class _HeldMemory:
-    """A keeper's face for one drawing among others: nothing is moved while they are under way."""
-
-    def __init__(self, keeper: Any, plan: OffloadPlan) -> None:
-        self.plan = plan
-        self.has_own_memory: bool = keeper.has_own_memory
-
-    def before(self, width_px: int, height_px: int, guided: bool) -> OffloadPlan:
-        return self.plan
-
-    def encoded(self) -> None:
-        """The text encoders stay for whoever comes next."""
-
-    def after(self) -> None:
-        """Memory is tidied up when all have gone."""
-
-    def on_oom(self, stage: str, error: BaseException | None = None) -> str:
-        raise OutOfMemory("the device's memory does not suffice for this picture beside others")
-
-
-def _engine_at(seat: Seat, engine: Engine, plan: OffloadPlan) -> Engine:
-    """The engine for one drawing: a guard of its own around the seat's pipeline, and memory that is held."""
-    own = copy.copy(engine)
-    own._guarded = GuardedPipeline(seat.pipeline, engine._guarded._family, engine._clock, engine._embeddings)
-    own._keeper = _HeldMemory(engine._keeper, plan)  # type: ignore[assignment]
-    own._put_on = lambda wanted: None  # type: ignore[method-assign]
-    own._let_idle_loras_go = lambda wanted, plan: None  # type: ignore[method-assign]
-    return own

@@ -284,7 +284,7 @@ class MemoryUse:
 
     `offload` is the way (none, model, stream, sequential, disk), `plan` says it in a line with its reason.
     `predicted_peak_bytes` is None on a device without memory of its own. `oom_recoveries` tells what was done
-    after each out-of-memory: freed, leaner, tiled. `quantize` is int8 or fp8 where the denoiser's matrices
+    after each out-of-memory: freed, leaner, tiled. `quantize` is its word where the denoiser's matrices
     were quantised, which changes pictures a little.
     """
 

@@ -29,8 +29,13 @@ def unload(engine: Engine) -> None:
     """
     device = engine.description.device
     vars(engine).clear()
-    # The pipeline, its modules and their hooks refer to each other in rings.
+    # The pipeline, its modules and their hooks refer to each other in rings, which are not looked for among
+    # what was frozen: a server does that with all that is there when it has started.
+    was_frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
     gc.collect()
+    if was_frozen:
+        gc.freeze()
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.empty_cache()

@@ -41,7 +41,7 @@ from serve_app.jobs.store import (
 )
 from serve_app.jobs.tables import GENERATIONS, StoreUnusable, open_database
 from serve_app.jobs.webhook import Target, parse_target
-from serve_app.queueing import Outside, QueueFull
+from serve_app.queueing import Outside, QueueFull, Sharing
 from serve_app.replica import replica_name
 from serve_app.results import ResultStore
 from serve_app.service import ImageService, work_of
@@ -77,6 +77,7 @@ class _Waiting:
 
     key: tuple[str, str]
     size: Outside | None = None
+    sharing: Sharing | None = None
     job: str = ""
     #: Why it had to go for another.
     refusal: QueueFull | None = None
@@ -348,7 +349,7 @@ class JobDesk:
         assert waiting.size is not None
         ahead = [each.size for each in self._ahead_of(waiting).values() if each.size is not None]
         try:
-            self._service.check_room(*waiting.size, ahead)
+            self._service.check_room(*waiting.size, ahead, waiting.sharing)
         except (QueueFull, InvalidRequest) as refusal:
             return refusal
         return None
@@ -360,7 +361,7 @@ class JobDesk:
         ahead = list(self._ahead_of(waiting).values())
         sizes = [each.size for each in ahead if each.size is not None]
         store = await self._opened()
-        for number, refusal in self._service.make_room(caller, work, sizes):
+        for number, refusal in self._service.make_room(caller, work, sizes, waiting.sharing):
             going = ahead[number]
             if not going.job:
                 continue  # it is being accepted in this moment: one more than may waits for once
@@ -423,6 +424,7 @@ class JobDesk:
         refusal = None
         if waiting is not None:
             waiting.size = (asker.line, new.work, len(plan.seeds))
+            waiting.sharing = self._service.sharing_of(asked, plan, description)
             refusal = self._refusal_of(waiting)
         fingerprint = idempotency.fingerprint_of(payload, operation, files)
         try:

@@ -270,8 +270,7 @@ class JobRunner:
                 return
             seen, task = held
             steps = progress.pictures * progress.steps
-            step = (progress.picture - 1) * progress.steps + progress.step
-            self._held[job.id, job.attempt] = (replace(seen, step=step, steps=steps), task)
+            self._held[job.id, job.attempt] = (replace(seen, step=progress.steps_ended, steps=steps), task)
 
         reply = await self._service.generate(asked, encoding, stepped, asked_by=job.asked_by)
         told = await operations.told_of(job.operation, wire, files, reply.pictures[0])

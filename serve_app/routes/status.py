@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -29,9 +31,11 @@ async def healthz() -> dict[str, str]:
 async def readyz(request: Request) -> JSONResponse:
     readiness = await service_of(request).readiness()
     # Without the values, for whoever asks has no key.
-    told = {"settings": FORMER_SETTINGS} if readiness.former_settings else {}
+    told: dict[str, Any] = {"settings": FORMER_SETTINGS} if readiness.former_settings else {}
     if readiness.ready:
         return JSONResponse({"status": "ready", **told})
+    if readiness.loading_part is not None:
+        told["progress"] = round(readiness.loading_part, 3)
     return JSONResponse(
         {"status": "not ready", "reason": readiness.reason, **told},
         status_code=503,

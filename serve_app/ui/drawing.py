@@ -159,7 +159,7 @@ class _Pace:
     def seconds_left(self, progress: StepProgress) -> float | None:
         """Until the last step of the last picture; None after the first step that is told."""
         now = time.monotonic()
-        step = (progress.picture - 1) * progress.steps + progress.step
+        step = progress.steps_ended
         if self._first_at is None or step <= self._first_step:
             self._first_at, self._first_step = now, step
             return None

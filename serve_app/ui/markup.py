@@ -151,8 +151,12 @@ def _trip(trip: GuardTrip, language: Language) -> str:
 
 
 def _guard_word(code: str, language: Language) -> str:
-    """The words for a stage or a measure; of one that is new here its own name."""
-    return say(f"guard_{code}", language) if f"guard_{code}" in MESSAGES else code.replace("_", " ")
+    return _word("guard", code, language)
+
+
+def _word(kind: str, code: str, language: Language) -> str:
+    """The words for a code, such as a stage's; of one that is new here its own name."""
+    return say(f"{kind}_{code}", language) if f"{kind}_{code}" in MESSAGES else code.replace("_", " ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +182,7 @@ def several_pictures(pictures: Sequence[SeveralPicture], prompt: str, language: 
 
 
 def facts(report: GenerationReport, language: Language, told: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Seed, size and seconds of the picture, and the LoRAs that were in force.
+    """Seed, size and seconds of the picture, the LoRAs that were in force, and what made it quicker.
 
     `told` is for the page's scripts: for each picture its id in the history and its parameters.
     """
@@ -189,6 +193,9 @@ def facts(report: GenerationReport, language: Language, told: Sequence[Mapping[s
     }
     if report.loras:
         rows["used_loras"] = ", ".join(f"{lora.name} × {lora.weight:g}" for lora in report.loras)
+    if report.accelerated_by:
+        levers = (_word("lever", name, language) for name in report.accelerated_by)
+        rows["used_levers"] = ("、" if language == "zh" else ", ").join(levers)
     cells = (
         f'<div><dt>{say(key, language)}</dt><dd class="{key}">{escape(value)}</dd></div>'
         for key, value in rows.items()

@@ -59,7 +59,11 @@ class PageStatus:
         service = self._service
         description = await service.description()
         if description is None:
-            return {"state": "loading", "default_enhance": service.live.default_enhance}
+            return {
+                "state": "loading",
+                "progress": service.loading_part,
+                "default_enhance": service.live.default_enhance,
+            }
         readiness, device, states = await asyncio.gather(
             service.readiness(), service.device_status(), service.model_states()
         )

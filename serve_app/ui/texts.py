@@ -62,6 +62,14 @@ MESSAGES: dict[str, Text] = {
     "download_one": Text("Save", "保存"),
     "used_time": Text("Time", "用时"),
     "used_loras": Text("LoRA", "LoRA 模型"),
+    "used_levers": Text("Accelerated", "已加速"),
+    # What acted, by the engine's names.
+    "lever_attention_cudnn": Text("attention by cuDNN", "cuDNN 注意力"),
+    "lever_attention_flash": Text("attention by FlashAttention", "FlashAttention 注意力"),
+    "lever_attention_efficient": Text("memory-efficient attention", "省显存注意力"),
+    "lever_channels_last_vae": Text("channels-last VAE", "VAE 通道后置排列"),
+    "lever_compiled": Text("compiled blocks", "编译模型块"),
+    "lever_cuda_graphs": Text("compiled blocks in CUDA graphs", "编译模型块并录成 CUDA 图"),
     "seconds": Text("{seconds:.1f} s", "{seconds:.1f} 秒"),
     "starting": Text("Reading your words…", "正在理解你的描述…"),
     "queued": Text("Number {position} in the queue…", "正在排队：第 {position} 位…"),
@@ -236,6 +244,9 @@ SCRIPT_TEXTS: dict[str, Text] = {
     "lora_words": Text("Words that wake it: {words}", "触发词：{words}"),
     # The bar at the bottom, and the switches.
     "model_loading": Text("The model is loading…", "模型正在加载…"),
+    "model_loading_read": Text(
+        "The model is loading: {percent} % is read", "模型正在加载：已读取 {percent}%"
+    ),
     "model_loading_hint": Text(
         "The first start takes about half a minute. You can write already.",
         "首次启动约需半分钟，可以先写提示词。",

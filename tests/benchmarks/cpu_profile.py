@@ -42,7 +42,10 @@ COSTS = (
     Cost("convolutions", ((BUILT_IN, "torch.conv2d"),), True),
     Cost("attention", ((BUILT_IN, "scaled_dot_product_attention"),), True),
     Cost("denoiser's norms", (("models/normalization.py", "forward"),)),
-    Cost("search for dtypes", (("modeling_utils.py", "get_parameter_dtype"),)),
+    Cost(
+        "search for dtypes",
+        (("modeling_utils.py", "get_parameter_dtype"), ("module_walk.py", "plain_dtype")),
+    ),
     Cost("signatures of attention", (("inspect.py", "signature"),)),
     Cost("second look", (("quality.py", "measure"),)),
     Cost("refine", (("refiner/picture.py", "refine"),)),

@@ -138,6 +138,9 @@ def test_while_the_model_loads_the_page_says_so_and_then_draws(
     page = open_page(page_server.url)
     expect(page.locator("#status .status")).to_have_text("The model is loading…")
     expect(page.locator("#loading")).to_contain_text("The model is loading…")
+    page_server.service.loading_part = 0.459
+    expect(page.locator("#loading strong")).to_have_text("The model is loading: 45 % is read")
+    expect(page.locator("#status .status")).to_have_text("The model is loading: 45 % is read")
     ask(page, "a red circle")
     expect(page.locator("#progress")).to_contain_text("your picture comes right after")
     page_server.service.loaded = True

@@ -10,7 +10,7 @@ from ray.serve.autoscaling_policy import default_autoscaling_policy
 from ray.serve.config import AutoscalingContext
 
 from serve_app.app import build, gpus_for_a_worker, growth
-from serve_app.queueing import FairQueue
+from serve_app.queueing import FairQueue, Sharing
 from serve_app.settings import load_settings
 from zimage_engine.loading.lora_weight import LoraWeight
 
@@ -73,11 +73,25 @@ def test_workers_that_follow_the_queue_and_several_ingresses_reach_serve_too() -
 @pytest.mark.parametrize("workers", [1, 3, 7])
 def test_a_long_queue_more_than_doubles_the_workers(workers: int) -> None:
     """By Serve's own policy, on what the ingress hands over when all wait."""
+    assert wanted_workers(workers, None) == 2 * workers + 1
+
+
+@pytest.mark.parametrize("workers", [1, 3, 7])
+def test_where_requests_share_passes_workers_grow_by_half_of_what_one_draws(workers: int) -> None:
+    assert wanted_workers(workers, Sharing("small", 2), max_batch_size=2) == 2 * workers + 1
+    # Serve rounds up.
+    assert wanted_workers(workers, Sharing("small", 4), max_batch_size=4) == pytest.approx(2 * workers + 0.5)
+    # What cannot share calls for more of them too.
+    assert wanted_workers(workers, None, max_batch_size=8) == pytest.approx(workers + 0.5)
+
+
+def wanted_workers(workers: int, sharing: Sharing | None, **settings: int) -> float:
+    """By Serve's own policy, so many workers when sixty wait at one ingress."""
     queue = FairQueue(places=100)
     queue.set_workers(workers)
     for _ in range(60):
-        queue.enter("a", 1.0)
-    scaling = growth(load_settings(max_replicas=50, upscale_seconds=0))
+        queue.enter("a", 1.0, 1, sharing)
+    scaling = growth(load_settings(max_replicas=50, upscale_seconds=0, **settings))
     assert scaling is not None
     context = AutoscalingContext(
         deployment_id=DeploymentID("ImageWorker"),
@@ -99,4 +113,4 @@ def test_a_long_queue_more_than_doubles_the_workers(workers: int) -> None:
         config=scaling,
     )
     wanted, _ = default_autoscaling_policy(context)
-    assert wanted == 2 * workers + 1
+    return float(wanted)

@@ -66,7 +66,7 @@ def test_options_reach_the_plan() -> None:
     assert facts(*model)["chosen"]["residency"] == "none"
     assert facts(*model, "--offload", "sequential")["chosen"]["residency"] == "sequential"
     assert facts(*model, "--float8")["chosen_peak_bytes"] < 0.8 * facts(*model)["chosen_peak_bytes"]
-    for word in ("int8", "fp8"):
+    for word in ("int8", "fp8", "int8-dynamic", "fp8-dynamic"):
         quantised = facts(*model, "--quantize", word)
         assert quantised["quantize"] == quantised["chosen"]["quantize"] == word
         assert quantised["chosen_peak_bytes"] < 0.8 * facts(*model)["chosen_peak_bytes"]
@@ -92,7 +92,10 @@ def test_a_folder_is_planned_from_its_headers(kind: str, tmp_path: Path) -> None
         (("--vram", "0GiB"), "--vram must be more than nothing"),
         (("--vram", "8G", "--size", "1000x1000"), "--size takes multiples of 16 up to 2048"),
         (("--vram", "8G", "--size", "big"), "--size must be width x height in pixels"),
-        (("--vram", "8G", "--quantize", "int4"), "quantize must be one of int8, fp8, got 'int4'"),
+        (
+            ("--vram", "8G", "--quantize", "int4"),
+            "quantize must be one of int8, fp8, int8-dynamic, fp8-dynamic, got 'int4'",
+        ),
         (("--vram", "8G", "--quantize", "int8", "--float8"), "choose one of them"),
         (("--vram", "8G", "--quantize", "int8", "--offload", "sequential"), "choose none, model, stream"),
         (("--vram", "8G", "--offload", "everything"), "--offload must be one of auto, none, model, stream"),

@@ -17,6 +17,7 @@ from serve_app.metrics import (
     ATTEMPTS,
     DEFRAGS,
     GUARDED,
+    LEVERS,
     OFFLOAD_MODES,
     OOM_OUTCOMES,
     OOM_STAGES,
@@ -41,6 +42,7 @@ from zimage_engine.memory import defrag, oom
 from zimage_engine.memory.residency import Residency
 from zimage_engine.prompts.enhancer import unchanged
 from zimage_engine.sampling import recovery
+from zimage_engine.speed import levers
 from zimage_engine.types import (
     DeviceStatus,
     GenerationReport,
@@ -121,6 +123,22 @@ def test_prompts_are_counted_by_whether_they_were_encoded_before() -> None:
     seen = samples(metrics.named_text()[1])
     assert seen[name, (("outcome", "hit"), ME)] == 3
     assert seen[name, (("outcome", "miss"), ME)] == 1
+
+
+def test_pictures_are_counted_by_what_made_them_quicker() -> None:
+    metrics = ServerMetrics("1")
+    name = "zimage_pictures_accelerated_total"
+    before = samples(metrics.named_text()[1])
+    assert {labels[0][1]: value for (of, labels), value in before.items() if of == name} == dict.fromkeys(
+        LEVERS, 0
+    )
+    for acted in (("channels_last_vae", "compiled"), ("compiled",), ()):
+        metrics.record(replace(REPORT, accelerated_by=acted), 4.0)
+    seen = samples(metrics.named_text()[1])
+    assert seen[name, (("lever", "compiled"), ME)] == 4
+    assert seen[name, (("lever", "channels_last_vae"), ME)] == 2
+    assert seen[name, (("lever", "cuda_graphs"), ME)] == 0
+    assert seen["zimage_pictures_total", (ME,)] == 6
 
 
 def test_what_is_under_way_is_told_until_it_ends() -> None:
@@ -265,7 +283,7 @@ def test_names_and_units_are_told_once() -> None:
 
 
 #: What Prometheus is to keep for one replica at the most.
-MOST_SERIES = 500
+MOST_SERIES = 520
 
 
 def test_a_replica_has_a_bounded_number_of_series_whatever_it_is_told() -> None:
@@ -297,6 +315,7 @@ def test_the_closed_sets_are_those_of_the_code() -> None:
     assert set(OFFLOAD_MODES) == {residency.value for residency in Residency}
     assert set(OOM_OUTCOMES) == set(get_args(oom.Rung))
     assert set(OOM_STAGES) == set(get_args(oom.Stage))
+    assert set(LEVERS) == {lever.name for lever in levers.LEVERS}
     assert set(DEFRAGS) == set(get_args(defrag.Defrag)) - {"none"}
     for family in FAMILIES:
         assert {*family.encode_rungs, *family.denoise_rungs, *family.decode_rungs} <= set(RUNGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import shutil
 import threading
@@ -368,6 +369,19 @@ def test_what_is_unloaded_is_gone_whoever_still_holds_the_engine(paths: dict[str
     unload(engine)
 
     assert parameter_bytes() == before
+
+
+def test_what_was_frozen_when_the_server_had_started_is_unloaded_too(paths: dict[str, Path]) -> None:
+    before = parameter_bytes()
+    engine = Engine.load(paths["sketch"], "cpu", threads=1)
+    gc.collect()
+    gc.freeze()
+    try:
+        unload(engine)
+        assert gc.get_freeze_count() > 0
+        assert parameter_bytes() == before
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import schemathesis
 from fastapi import FastAPI
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from PIL import Image
 from ray import serve
@@ -188,6 +188,17 @@ def made_possible(case: Case, receipt_of: bytes) -> Case:
     return case
 
 
+@st.composite
+def asked(draw: st.DrawFn, requests: st.SearchStrategy[Case]) -> Case:
+    """One of them; of forms some wrong ones hold a file where schemathesis itself cannot check it."""
+    try:
+        return draw(requests)
+    except ValueError as error:
+        if "Unsupported type: 'Binary'" not in str(error):
+            raise
+    reject()
+
+
 @pytest.mark.parametrize(("path", "method", "mode"), WITH_INPUT, ids=str)
 def test_every_answer_is_one_that_the_document_tells_of(
     document: Any, drawn: dict[str, bytes], path: str, method: str, mode: GenerationMode
@@ -201,7 +212,7 @@ def test_every_answer_is_one_that_the_document_tells_of(
         derandomize=CASES == CASES_IN_THE_SUITE,
         suppress_health_check=list(HealthCheck),
     )
-    @given(case=document[path][method].as_strategy(generation_mode=mode))
+    @given(case=asked(document[path][method].as_strategy(generation_mode=mode)))
     def keeps_its_word(case: Case) -> None:
         response = made_possible(case, drawn["image/png"]).call()
         statuses[response.status_code] += 1

@@ -92,6 +92,7 @@ def test_a_picture_of_ours_tells_what_draws_it_in_every_format(file_format: str)
             "seed": 2**32 - 1,
             "enhance": False,
             "refine": True,
+            "exact": True,
             "model": "disc-painter",
             "loras": [{"name": "ink.safetensors", "weight": 0.5}],
         },
@@ -370,3 +371,12 @@ def test_damaged_files_are_refused_and_nothing_else_happens() -> None:
 @pytest.mark.parametrize(("told", "asked"), [(0.4, 0.4), (0, 0), (None, None), (1.5, None), ("half", None)])
 def test_how_far_guidance_acted_is_told_where_it_did_not_act_to_the_end(told: object, asked: object) -> None:
     assert parameters_in(drawn_here(guidance_until=told)).parameters.get("guidance_until") == asked
+
+
+@pytest.mark.parametrize(
+    ("told", "asked"),
+    [({}, True), ({"accelerated_by": []}, True), ({"accelerated_by": ["compiled"]}, None)],
+    ids=["before there was anything quicker", "plain", "accelerated"],
+)
+def test_what_is_quicker_now_is_kept_from_pictures_of_the_plain_path(told: Any, asked: bool | None) -> None:
+    assert parameters_in(drawn_here(**told)).parameters.get("exact") is asked

@@ -535,6 +535,22 @@ def test_who_shares_what_is_drawn_has_room_beside_it() -> None:
     assert small[5].admitted_at is not None and small[6].admitted_at is None
 
 
+def test_who_waits_outside_could_share_as_well() -> None:
+    queue = FairQueue(places=0)
+    for _ in range(queue.room):
+        queue.enter("ann", 1.0, 1, SMALL)
+    queue.check("bob", 1.0, 1, (), SMALL)
+    assert queue.displace("bob", 1.0, (), SMALL) == []
+    for sharing in (None, Sharing("other", 4)):
+        with pytest.raises(QueueFull):
+            queue.check("bob", 1.0, 1, (), sharing)
+    with pytest.raises(QueueFull):
+        queue.check("bob", 1.0, 1, [("ann", 1.0, 1)], SMALL)
+    assert queue.waiting == 0
+    queue.enter("bob", 1.0, 1, SMALL)
+    assert queue.admitted == queue.room + 1
+
+
 def test_who_could_share_overtakes_nobody() -> None:
     queue = FairQueue(64)
     for _ in range(3):

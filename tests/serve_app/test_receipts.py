@@ -39,6 +39,7 @@ from tests.zimage_engine.tiny_models.lora import write_lora
 from zimage_engine import Engine
 from zimage_engine.errors import InvalidRequest
 from zimage_engine.loading.lora_weight import LoraWeight
+from zimage_engine.speed.levers import size_bucket
 from zimage_engine.types import GenerationRequest, SourcePicture
 
 REQUEST = GenerationRequest("a red circle", width=64, height=64, num_inference_steps=2, seed=11)
@@ -126,6 +127,30 @@ def test_another_dtype_is_named(tiny_model: Path, engine: Engine) -> None:
     came_of_it = drawn_again(other, drawn(engine, REQUEST))
     assert (came_of_it.identical, names_of(came_of_it)) == (False, ["dtype"])
     assert came_of_it.changed_pixels and "dtype: 'bfloat16' then, 'float32' now" in came_of_it.sentence
+
+
+def test_what_made_a_picture_quicker_acts_again_and_where_it_cannot_is_named(
+    tiny_model: Path, engine: Engine
+) -> None:
+    quicker = Engine.load(tiny_model, "cpu", threads=1)
+    quicker.accelerate({size_bucket(64, 64): ("channels_last_vae",)})
+    picture = drawn(quicker, REQUEST)
+    receipt = read_receipt(picture)
+    assert receipt is not None and receipt["accelerated_by"] == ["channels_last_vae"]
+    assert drawn_again(quicker, picture).identical
+    without = drawn_again(engine, picture)
+    assert names_of(without) == ["accelerated_by"]
+    assert str(without.differences[0]) == "accelerated_by: ['channels_last_vae'] then, nothing now"
+
+
+def test_a_picture_of_the_plain_path_is_drawn_so_where_others_are_drawn_quicker(
+    tiny_model: Path, engine: Engine
+) -> None:
+    quicker = Engine.load(tiny_model, "cpu", threads=1)
+    quicker.accelerate({size_bucket(64, 64): ("channels_last_vae",)})
+    for picture in (drawn(engine, REQUEST), drawn(quicker, replace(REQUEST, exact=True))):
+        came_of_it = drawn_again(quicker, picture)
+        assert (came_of_it.identical, came_of_it.differences) == (True, ())
 
 
 def test_other_weights_under_the_same_name_are_named(

@@ -263,5 +263,5 @@ def test_matrices_are_stored_in_one_way(monkeypatch: pytest.MonkeyPatch) -> None
     assert load_settings().memory == MemoryWishes(quantize="int8")
     with pytest.raises(SettingsError, match="choose one of them"):
         load_settings(float8=True)
-    with pytest.raises(SettingsError, match="'int8' or 'fp8', got 'int4'"):
+    with pytest.raises(SettingsError, match="'int8-dynamic' or 'fp8-dynamic', got 'int4'"):
         load_settings(quantize="int4")

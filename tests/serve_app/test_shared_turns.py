@@ -255,6 +255,27 @@ async def test_who_gives_up_waiting_frees_the_place(
     assert worker.began == ["first", "late"]
 
 
+async def test_pictures_of_one_request_share_and_count(
+    engine: Engine, device_thread: ThreadPoolExecutor
+) -> None:
+    worker = Worker(engine, device_thread, most=4)
+    control, reached = worker.at_step(1)
+    several = replace(REQUEST, n=5, num_inference_steps=20)
+    first = asyncio.create_task(worker.draw("first", several, control))
+    await reached.wait()
+    late = asyncio.create_task(worker.draw("late", replace(REQUEST, seed=9)))
+    while not worker.turn.waiting:
+        await asyncio.sleep(0)
+    assert worker.began == ["first"], "no place beside five"
+    drawn = await first
+    assert max(worker.passes) == 4
+    assert worker.passes[-1] == 1
+    assert [each.tobytes() for each in drawn.images] == [
+        each.tobytes() for each in engine.generate(several).images
+    ]
+    assert pixels(await late) == pixels(engine.generate(replace(REQUEST, seed=9)))
+
+
 def test_how_many_share_is_asked_for(engine: Engine) -> None:
     model = engine.description
     assert most_together(3, model) == 3

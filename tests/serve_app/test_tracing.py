@@ -170,6 +170,31 @@ def after(at: float) -> float:
     return round(at - T, 5)
 
 
+class AtOnce(ScriptedWorkers):
+    """Draws two pictures beside each other."""
+
+    async def _draw(self, request: GenerationRequest, encoding: ImageEncoding, **_: Any) -> WorkerReply:
+        reply = reply_to(request)
+        first, second = PictureReport(1, 3.0, 0.5, 2.0, 0.5), PictureReport(2, 3.0, 0.0, 2.5, 0.5)
+        steps = ((1, 1, T + 1.5), (2, 1, T + 1.75), (1, 2, T + 2.5), (2, 2, T + 3))
+        report = replace(reply.report, pictures=(first, second))
+        times = WorkerTimes("worker-1", T, steps, T + 6)
+        return replace(reply, report=report, encode_file_seconds=0.5, times=times)
+
+
+async def test_pictures_that_were_drawn_at_once_lie_beside_each_other(traced: Traced) -> None:
+    await traced.service(AtOnce()).generate(GenerationRequest("two orangutans"), PNG)
+    drawn = [span for span in traced.sent().stages() if span.began_at >= T]
+    seen = [(s.name, s.attributes.get("zimage.picture"), after(s.began_at), after(s.ended_at)) for s in drawn]
+    assert sorted(seen[:-1]) == [
+        ("decode", 1, 2.5, 3.0),
+        ("decode", 2, 3.0, 3.5),
+        ("denoise", 1, 0.5, 2.5),
+        ("denoise", 2, 0.5, 3.0),
+        ("encode", 1, 0.0, 0.5),
+    ]
+
+
 class Eventful(ScriptedWorkers):
     """Draws two pictures with everything that can happen on the way."""
 

@@ -96,6 +96,35 @@ async def test_steps_are_told_as_they_end(worker: ImageWorker, drawings: list[tu
     assert isinstance(items[-1], WorkerReply)
 
 
+async def test_pictures_of_one_request_are_drawn_at_once_where_passes_are_shared(
+    worker: ImageWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker._turn, "_lock", asyncio.Lock())
+    monkeypatch.setattr(sketch, "DECODING_SHARE", 1.0)
+    steps: list[float] = []
+    monkeypatch.setattr(worker._metrics, "record_step", steps.append)
+    wanted = replace(REQUEST, n=3, num_inference_steps=4)
+    one_by_one = await worker.generate(wanted, PNG)
+    monkeypatch.setattr(worker._turns, "_most", 4)
+    items = [item async for item in worker.generate_streaming(wanted, PNG, EVERY_STEP)]
+    told = [item for item in items if isinstance(item, StepProgress)]
+    assert [(each.step, each.picture) for each in told] == [(s, p) for s in range(1, 5) for p in (1, 2, 3)]
+    assert [each.steps_ended for each in told] == list(range(1, 13))
+    # Nobody can follow three pictures that change at once.
+    assert {item.progress.picture for item in items if isinstance(item, Preview)} == {1}
+    reply = items[-1]
+    assert isinstance(reply, WorkerReply)
+    drawn, alone = (
+        [Image.open(io.BytesIO(each)).tobytes() for each in pictures]
+        for pictures in (reply.pictures, one_by_one.pictures)
+    )
+    assert drawn == alone
+    assert reply.report.device_seconds is not None
+    # Of each picture the steps after its first, whether it was drawn alone or beside others.
+    assert len(steps) == 2 * 3 * 3
+    assert min(steps) >= 0
+
+
 async def test_two_requests_never_draw_at_once(
     worker: ImageWorker, drawings: list[tuple[float, float]]
 ) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageStat
 
 from tests.benchmarks import picture_quality as samples
 from zimage_engine.quality import CODES, PictureQuality, measure, notices, same_finding
@@ -223,3 +223,17 @@ def test_every_finding_alone_makes_a_picture_suspicious_and_none_leaves_it_be() 
 def test_a_picture_can_be_told_of_two_things() -> None:
     image = with_rectangle(ON_GRID, (0, 0, 0), samples.with_border(photograph(), 0.03, "frame"))
     assert codes(image) == ["picture_black_borders", "picture_blocks"]
+
+
+def test_the_spread_is_that_of_the_most_varied_channel_as_pillow_has_it() -> None:
+    random = np.random.default_rng(5)
+    for height, width in ((1, 1), (7, 5), (64, 48), (301, 299)):
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8) // np.array([1, 3, 9], np.uint8)
+        image = Image.fromarray(pixels)
+        assert measure(image).spread_levels == max(ImageStat.Stat(image).stddev)
+
+
+@pytest.mark.parametrize("side", [997, 1000, 1021])
+def test_an_even_picture_of_any_size_has_no_spread(side: int) -> None:
+    for level in (1, 77, 254, 255):
+        assert measure(Image.new("RGB", (side, side), (level, 0, level))).spread_levels < 1e-3

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_map
 
+from tests.zimage_engine.memory.quantised_words import HAS_INT8
 from tests.zimage_engine.tiny_models import write_tiny_pixart, write_tiny_sdxl, write_tiny_z_image
 from tests.zimage_engine.tiny_models.lora import write_lora
 from zimage_engine import Engine, GenerationRequest, LoraWeight
@@ -22,7 +23,7 @@ from zimage_engine.loading import lora_shelf
 from zimage_engine.loading.lora_choice import choices_in_prompt
 from zimage_engine.memory.options import PlannedOptions
 from zimage_engine.memory.planner import PlanOptions
-from zimage_engine.memory.residency import QUANTISATIONS, MemoryWishes, OffloadPlan
+from zimage_engine.memory.residency import MemoryWishes, OffloadPlan
 from zimage_engine.sampling.control import DrawingControl
 from zimage_engine.types import GenerationResult, LoraChoice
 
@@ -177,7 +178,13 @@ def test_fifty_requests_of_each_model_draw_what_fresh_engines_draw(
     assert [(use.name, use.weight) for use in rig.engine.loras] == [("light.safetensors", 0.6)]
 
 
-@pytest.mark.parametrize(("kind", "word"), [*(("z-image", word) for word in QUANTISATIONS), ("sdxl", "int8")])
+#: Where it is refused, the other way of multiplying in the small type.
+DYNAMIC = ("z-image", "int8-dynamic" if HAS_INT8 else "fp8-dynamic")
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"), [("z-image", "int8"), ("z-image", "fp8"), ("sdxl", "int8"), DYNAMIC]
+)
 def test_over_quantised_matrices_they_draw_what_fresh_engines_draw(
     rigs: dict[str, Rig], kind: str, word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

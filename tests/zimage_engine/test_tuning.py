@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from zimage_engine import Engine, GenerationRequest
-from zimage_engine.bench.spread import Spread
-from zimage_engine.engine import remembered_choices
 from zimage_engine.errors import InvalidSize
 from zimage_engine.memory.residency import MemoryWishes
 from zimage_engine.speed.levers import LEVER_NAMES
-from zimage_engine.tuning import TuneWishes, Tuning, _judged, tune
+from zimage_engine.speed.remembered import remembered_choices
+from zimage_engine.tuning import TuneWishes, Tuning, _Compared, _judged, tune
 
 WISHES = TuneWishes(repeat=2, steps=2)
 
@@ -76,18 +75,27 @@ def test_a_size_that_cannot_be_drawn_is_refused_before_anything_is_measured(engi
 @pytest.mark.parametrize(
     ("gain", "mean", "tripped", "says"),
     [
-        ((1.2, 1.1, 1.3), 0.3, False, None),
-        ((1.2, 1.1, 1.3), 0.3, True, "guard"),
-        ((1.2, 1.1, 1.3), 1.2, False, "1.20 of 255"),
-        ((1.01, 1.0, 1.3), 0.3, False, "not clearly quicker"),
-        ((1.2, 0.9, 1.3), 0.3, False, "not clearly quicker"),
+        ((1.2,) * 9, 0.3, False, None),
+        ((0.9, *(1.2,) * 8), 0.3, False, None),
+        ((1.2,) * 9, 0.3, True, "guard"),
+        ((1.2,) * 9, 1.2, False, "1.20 of 255"),
+        ((1.01,) * 9, 0.3, False, "not clearly quicker"),
+        ((0.9, 0.9, *(1.2,) * 7), 0.3, False, "not clearly quicker"),
+        ((0.9, 1.2, 1.2), 0.3, False, "not clearly quicker"),
     ],
 )
-def test_what_is_taken(
-    gain: tuple[float, float, float], mean: float, tripped: bool, says: str | None
-) -> None:
-    because = _judged(Spread(*gain, 5), mean, tripped, tolerance=1.0)
+def test_what_is_taken(gain: tuple[float, ...], mean: float, tripped: bool, says: str | None) -> None:
+    compared = _Compared(gain, (1.0,) * len(gain), mean, 9, tripped)
+    because = _judged(compared, tolerance=1.0)
     assert because is None if says is None else because is not None and says in because
+
+
+def test_code_of_two_kinds_is_held_against_the_plain_path() -> None:
+    """1.3 times as fast as that is no gain where what is there already is 1.3 times as fast."""
+    one, other = (_Compared((pair,) * 9, (1.0,) * 9, 0.3, 9, False) for pair in (1.3, 1.4))
+    assert _judged(one, 1.0, before=one) is not None
+    assert _judged(other, 1.0, before=one) is None
+    assert _judged(one, 1.0, before=other) is not None
 
 
 def test_quantised_and_plain_weights_are_measured_apart(tiny_model: Path, without_a_compiler: None) -> None:

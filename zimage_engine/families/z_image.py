@@ -143,8 +143,10 @@ Z_IMAGE_TURBO = ModelFamily(
         "of its pictures follow their prompt at the other two, as the tests show. Not measured with the "
         "published model",
     ),
-    # Attention and feed-forward, nearly all of the weights. Modulation, embedders and the final layer act on
-    # every token at once and are small.
+    # Attention and feed-forward, nearly all of the weights. In the demo model the embedder of the picture and
+    # the final layer move pictures far for how small they are; modulation and the other embedders meet one
+    # row a picture, or its prompt alone, where a product in a small type is no quicker. To leave out a block
+    # changes less than rounding does: `python -m tests.benchmarks.quantisation --parts`.
     quantised_layers=r"(layers|noise_refiner|context_refiner)\.\d+"
     r"\.(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])",
     has_chat_template=True,

@@ -12,7 +12,6 @@ Recognising and explaining read JSON and file headers only; torch is imported by
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from typing import Any
 from zimage_engine.checkpoint.features import CheckpointFeatures, read_features
 from zimage_engine.errors import CheckpointDamaged
 from zimage_engine.families import FAMILIES, ModelFamily, family_named
+from zimage_engine.loading.collector import collector_at_rest
 from zimage_engine.loading.companions import Companions
 from zimage_engine.loading.found_models import FoundModel
 from zimage_engine.loading.known_loads import KnownLoad, KnownLoads, key_of_load
@@ -162,7 +162,7 @@ class ModelLoaderAdapter:
         A content that was loaded and verified before is loaded as it was then, without looking at it anew.
         Raises CheckpointDamaged for whatever keeps it from drawing, also where diffusers would go on.
         """
-        with _collector_at_rest():
+        with collector_at_rest():
             return self._load()
 
     def _load(self) -> Any:
@@ -184,6 +184,19 @@ class ModelLoaderAdapter:
         if self._key is not None:
             self._known_loads.remember(self._key, load)
         return pipeline
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files of weights that `load` reads, in its order; before a repair those it is made from."""
+        known = self._known
+        if known is None and self.mending.view is not None:
+            found = (file for model in self.mending.models for file in model.stored.files)
+        elif known is None:
+            found = (file for files in self.plan.weights.values() for file in files)
+        else:
+            features = read_features(self._known_path(known), is_our_view=bool(known.view))
+            found = (file for files in plan_load(features, self.family).weights.values() for file in files)
+        return tuple(dict.fromkeys(file.path for file in found))
 
     @property
     def repairs(self) -> tuple[str, ...]:
@@ -259,20 +272,6 @@ def _model_line(model: FoundModel) -> str:
         f"  {model.name}: {names}, {megabytes:.1f} MB, {model.part.class_name}, all "
         f"{len(model.part.recipes)} tensors there and of the right shape, {stored}{left_out}"
     )
-
-
-@contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """A published vocabulary becomes half a million objects, none of them garbage, and each further ten
-    thousand had Python's collector look through all that torch and transformers hold: more than half of what
-    a load takes."""
-    was_at_work = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_at_work:
-            gc.enable()
 
 
 @contextmanager

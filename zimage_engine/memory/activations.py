@@ -42,7 +42,8 @@ class DenoiserRow:
     the picture's, else each takes `caption_states`. `states` is how many values of the model's width live
     at the peak for each token with fused kernels, `plain_states` those beside the pairs with plain attention.
     `flops_share` is what is computed for each token and weight: 2 where every weight meets every token, and
-    less in a unet, whose deep blocks see a smaller picture.
+    less in a unet, whose deep blocks see a smaller picture. `row_share` is the part of the tokens that the
+    longest row in a block with attention has: a unet's begin where the picture is half as wide and high.
     """
 
     patch: int
@@ -51,6 +52,7 @@ class DenoiserRow:
     plain_states: float
     caption_states: float
     flops_share: float
+    row_share: float = 1.0
 
 
 _PIXART = DenoiserRow(
@@ -62,7 +64,13 @@ DENOISERS: Mapping[str, DenoiserRow] = {
         patch=2, reads_caption=True, states=15.88, plain_states=14.2, caption_states=0.0, flops_share=2.0
     ),
     "StableDiffusionXLPipeline": DenoiserRow(
-        patch=1, reads_caption=False, states=15.9, plain_states=12.4, caption_states=0.0, flops_share=0.146
+        patch=1,
+        reads_caption=False,
+        states=15.9,
+        plain_states=12.4,
+        caption_states=0.0,
+        flops_share=0.146,
+        row_share=0.25,
     ),
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": _PIXART,
@@ -122,6 +130,22 @@ def activation_bytes(
         pairs = _PAIR_BYTES * _heads(denoiser_config) * tokens**2
         each = max(each, pairs + row.plain_states * tokens * state)
     return math.ceil(pictures * _batch(family, guided) * (each + caption))
+
+
+def block_rows(
+    family: ModelFamily,
+    denoiser_config: Mapping[str, Any],
+    width_px: int,
+    height_px: int,
+    guided: bool,
+    *,
+    pictures: int = 1,
+    latent_px: int = _LATENT_PX,
+) -> int:
+    """How many rows the largest matrix product of a block with attention has."""
+    row = DENOISERS[family.pipeline_class]
+    tokens = _tokens(row, family, denoiser_config, width_px, height_px, latent_px)
+    return math.ceil(pictures * _batch(family, guided) * row.row_share * tokens)
 
 
 def encode_bytes(

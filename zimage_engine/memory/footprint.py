@@ -213,6 +213,7 @@ def _component(
     blocks: dict[str, int] = defaultdict(int)
     modules: dict[str, int] = defaultdict(int)
     other_bytes = largest_quantised_bytes = 0
+    quantised_shapes: set[tuple[int, int]] = set()
     for tensor, shape in tensors.items():
         module = tensor.rpartition(".")[0]
         in_use = math.prod(shape) * value_bytes
@@ -220,6 +221,7 @@ def _component(
         size, is_quantised = stored(tensor, shape)
         if is_quantised:
             largest_quantised_bytes = max(largest_quantised_bytes, in_use)
+            quantised_shapes.add((shape[0], math.prod(shape[1:])))
         block = None if name in _WHOLE else _BLOCKS.match(tensor)
         if block is None:
             other_bytes += size
@@ -233,6 +235,7 @@ def _component(
         largest_module_bytes=max(modules.values(), default=0),
         two_largest_modules_bytes=sum(sorted(modules.values())[-2:]),
         largest_quantised_bytes=largest_quantised_bytes,
+        quantised_shapes=tuple(sorted(quantised_shapes)),
     )
 
 

@@ -22,6 +22,7 @@ from zimage_engine.memory.activations import (
     ROUNDING_SHARE,
     WORKSPACE_BYTES,
     activation_bytes,
+    block_rows,
     decode_bytes,
     decode_flops,
     denoise_flops,
@@ -441,7 +442,8 @@ def _working_bytes(
             plain_attention=asked.plain_attention,
             pictures=asked.pictures,
             latent_px=latent_px_of(vae),
-        ),
+        )
+        + _narrowing_bytes(footprint, family, width_px, height_px, guided, asked),
         decode_by_tile={
             tile: math.ceil(
                 (1 + DECODE_WORKSPACE_SHARE)
@@ -457,6 +459,30 @@ def _working_bytes(
             for tile in (*whole, *tiles)
         },
     )
+
+
+def _narrowing_bytes(
+    footprint: Footprint,
+    family: ModelFamily,
+    width_px: int,
+    height_px: int,
+    guided: bool,
+    asked: PlanOptions,
+) -> int:
+    """What eager code makes at most to narrow activations, on top of all else that is there at the peak."""
+    if footprint.quantize is None:
+        return 0
+    shapes = footprint.components[footprint.denoiser].quantised_shapes
+    rows = block_rows(
+        family,
+        footprint.configs[footprint.denoiser],
+        width_px,
+        height_px,
+        guided,
+        pictures=asked.pictures,
+        latent_px=latent_px_of(footprint.configs[footprint.vae]),
+    )
+    return rows * QUANTISATIONS[footprint.quantize].token_bytes(shapes)
 
 
 def _costs(

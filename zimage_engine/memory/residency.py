@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,22 +40,81 @@ class Quantisation:
     """What a way of quantising weights takes. Sizes are those of torchao 0.18, which keeps a scale a row.
 
     `row_bytes` goes with each row of a matrix beside a byte a value. While a layer computes,
-    `working_copies` of its matrix are there in the dtype of the computing.
+    `working_copies` of its matrix are there in the dtype of the computing, and where activations are narrowed
+    too, `input_bytes` for each value that goes in or `output_bytes` for each that comes out, for each token.
+    `verb` says what a device must do; `needs_int8`: so must a CPU; `capability` is the least of an Nvidia
+    card, None: any card, and `answers` the one dtype that a card's product comes out in, None: any. `instead`
+    is the way that asks less.
     """
 
     word: str
     row_bytes: int
     working_copies: int
     because: str
+    verb: str
+    input_bytes: int = 0
+    output_bytes: int = 0
+    is_on_apple: bool = False
+    needs_int8: bool = False
+    capability: tuple[int, int] | None = None
+    answers: str | None = None
+    instead: str = "int8"
+
+    def token_bytes(self, shapes: Iterable[tuple[int, int]]) -> int:
+        """The most that a layer with one of these matrices `(out, in)` makes for one token to narrow it."""
+        return max(
+            (
+                max(self.input_bytes * values_in, 2 * values_in + self.output_bytes * values_out)
+                for values_out, values_in in shapes
+                if self.input_bytes
+            ),
+            default=0,
+        )
 
 
 #: What `--quantize` takes.
 QUANTISATIONS: Mapping[str, Quantisation] = {
     row.word: row
     for row in (
-        Quantisation("int8", 4 + 1, 1, "a float32 scale and an int8 zero point; the matrix is widened once"),
         Quantisation(
-            "fp8", 4, 5, "a float32 scale; widened to float32, scaled there, and narrowed: 2 + 2 + 1 copies"
+            "int8",
+            4 + 1,
+            1,
+            "a float32 scale and an int8 zero point; the matrix is widened once",
+            verb="reads int8 values",
+            is_on_apple=True,
+        ),
+        Quantisation(
+            "fp8",
+            4,
+            5,
+            "a float32 scale; widened to float32, scaled there, and narrowed: 2 + 2 + 1 copies",
+            verb="reads float8 values",
+        ),
+        Quantisation(
+            "int8-dynamic",
+            4 + 1,
+            1,
+            "stored as int8; a card puts the matrix in another order, which is half a copy, and a processor "
+            "makes none; eager code narrows what goes in by way of float32, and int32 products as well",
+            verb="multiplies in int8",
+            input_bytes=9,
+            output_bytes=8,
+            needs_int8=True,
+            capability=(7, 5),
+        ),
+        Quantisation(
+            "fp8-dynamic",
+            4,
+            0,
+            "stored as fp8; a card multiplies by what is stored; eager code scales and clamps in float32. A "
+            "processor has no such product and widens both, which is not counted: it has no memory to plan",
+            verb="multiplies in float8",
+            input_bytes=13,
+            output_bytes=2,
+            capability=(8, 9),
+            answers="bfloat16",
+            instead="fp8",
         ),
     )
 }
@@ -67,9 +126,9 @@ class MemoryWishes:
 
     `offload` is "none", "model", "stream", "sequential" or "disk", None: whatever is fastest and fits.
     `vram_bytes` is the most that may be used, None: what there is. `float8` keeps the denoiser's matrices in
-    half the room by casting alone; `quantize`, "int8" or "fp8", does it with a scale for each row, and
-    leaves sensitive layers as they are. Raises InvalidRequest for another word, and for what excludes
-    something else.
+    half the room by casting alone; `quantize`, a word of `QUANTISATIONS`, does it with a scale for each row,
+    and leaves sensitive layers as they are; the dynamic ones multiply in the small type too. Raises
+    InvalidRequest for another word, and for what excludes something else.
     """
 
     offload: str | None = None
@@ -142,7 +201,7 @@ class ComponentFootprint:
     they are called; `other_bytes` is the rest of the component. `largest_module_bytes` is the most that one
     layer (a matrix, an embedding) has of its own, in the dtype that it works in, and
     `two_largest_modules_bytes` that of the two largest. `largest_quantised_bytes` is that of the largest
-    matrix that is stored quantised, 0: none is.
+    matrix that is stored quantised, 0: none is; `quantised_shapes` are their different shapes `(out, in)`.
     """
 
     name: str
@@ -151,6 +210,7 @@ class ComponentFootprint:
     largest_module_bytes: int = 0
     two_largest_modules_bytes: int = 0
     largest_quantised_bytes: int = 0
+    quantised_shapes: tuple[tuple[int, int], ...] = ()
 
     @property
     def bytes(self) -> int:

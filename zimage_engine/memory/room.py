@@ -33,7 +33,7 @@ def keeper_for(pipeline: Any, family: ModelFamily, device: str, wishes: MemoryWi
     Raises InvalidRequest for wishes that mean nothing on a device without memory of its own, and for a
     quantisation that cannot be done here.
     """
-    check_quantisation(wishes.quantize, device)
+    check_quantisation(wishes.quantize, device, getattr(pipeline, family.denoiser).dtype)
     shares_host_memory = torch.device(device).type != "cuda"
     if shares_host_memory:
         _refuse_in_vain(wishes, device)

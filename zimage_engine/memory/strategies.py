@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from platformdirs import user_cache_path
 
+from zimage_engine.families import family_named
 from zimage_engine.memory.quantize import QuantisedLayers
 from zimage_engine.memory.residency import Footprint, OffloadPlan, Residency
 from zimage_engine.memory.streaming import StreamedModule, move, removed_on_error, tensors_of
@@ -104,7 +105,8 @@ def apply(
             applied._parts.append(_Float8(target.modules[footprint.denoiser]))
         if plan.quantize is not None:
             denoiser = target.modules[footprint.denoiser]
-            applied._parts.append(QuantisedLayers(denoiser, footprint.family, plan.quantize, target.device))
+            layers = family_named(footprint.family).quantised_layers
+            applied._parts.append(QuantisedLayers(denoiser, layers, plan.quantize, target.device))
         if plan.vae_tile_px is not None:
             applied._parts.append(_Tiles(target.modules[footprint.vae], plan.vae_tile_px))
         STRATEGIES[plan.residency].put(plan, target, applied)

@@ -13,6 +13,7 @@ import torch
 
 from zimage_engine.sampling import float32
 from zimage_engine.sampling.device_failure import raise_if_failed
+from zimage_engine.sampling.known_dtype import dtype_of
 from zimage_engine.sampling.recovery import Facts, Measures, Trip
 from zimage_engine.sampling.tripwire import finding_in
 from zimage_engine.types import GuardTrip
@@ -49,14 +50,14 @@ class GuardedDecoder:
 
         Pipelines widen a float16 VAE for the decoding and narrow it again only if that ends well.
         """
-        dtype = self._vae.dtype
+        dtype = dtype_of(self._vae)
         self._stock = self._vae.decode
         vars(self._vae)["decode"] = self._decode
         try:
             yield
         finally:
             del vars(self._vae)["decode"]
-            if self._vae.dtype != dtype:
+            if dtype_of(self._vae) != dtype:
                 self._vae.to(dtype)
 
     def _decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

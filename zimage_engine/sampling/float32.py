@@ -39,7 +39,8 @@ class Float32Arithmetic(TorchDispatchMode):
 
     A cast down to half precision is left out, so that code which casts to its weights' dtype stays wide;
     operations in place and views keep the dtype that they are given. Tensor subclasses (quantised weights)
-    are left to themselves. Only eager code is seen: compiled code runs eagerly within `wide`.
+    are left to themselves here, and `wide` widens those that narrow activations too. Only eager code is seen:
+    compiled code runs eagerly within `wide`.
     """
 
     def __torch_dispatch__(
@@ -91,8 +92,15 @@ class _Float32Operands(TorchFunctionMode):
     ) -> Any:
         named = dict(kwargs or {})
         if function in _COMPARING:
-            return function(*tree_map(_widened, args), **tree_map(_widened, named))
+            return function(*tree_map(_operand, args), **tree_map(_operand, named))
         return function(*args, **named)
+
+
+def _operand(value: Any) -> Any:
+    """As `_widened`; a quantised weight that would narrow what it meets stands as its values instead."""
+    if getattr(value, "act_quant_kwargs", None) is not None:
+        return value.dequantize(torch.float32)
+    return _widened(value)
 
 
 def _widened(value: Any) -> Any:

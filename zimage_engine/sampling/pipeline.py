@@ -21,7 +21,9 @@ from zimage_engine.sampling.device_failure import raise_if_failed
 from zimage_engine.sampling.editing import EditingPipeline, PreparedSource, encoded
 from zimage_engine.sampling.embedding_cache import EmbeddingCache, PromptKey
 from zimage_engine.sampling.guard import StepFault, StepWatch, guarded_scheduler
-from zimage_engine.sampling.known_dtype import dtype_known
+from zimage_engine.sampling.known_dtype import dtype_known, dtype_of
+from zimage_engine.sampling.known_signatures import signatures_known
+from zimage_engine.sampling.module_walk import modules_within, tensors_within
 from zimage_engine.sampling.plan import SamplingPlan
 from zimage_engine.sampling.prompt_encoders import Role, encoder_for
 from zimage_engine.sampling.recovery import Facts, Measures, Trip
@@ -87,7 +89,7 @@ class GuardedPipeline:
     @property
     def is_float32(self) -> bool:
         """Whether float32 is what the denoiser and the VAE are drawn in anyway."""
-        return all(module.dtype is torch.float32 for module in (self._denoiser, self._pipeline.vae))
+        return all(dtype_of(module) is torch.float32 for module in (self._denoiser, self._pipeline.vae))
 
     @property
     def _denoiser(self) -> torch.nn.Module:
@@ -298,7 +300,7 @@ class _Drawing:
             start=Measures(float32=self._measures.float32),
         )
         try:
-            with decoder.in_place(), self._own_scheduler(), dtype_known(self._denoiser):
+            with decoder.in_place(), self._own_scheduler(), self._known():
                 output = self._call()
                 while isinstance(output, StepFault):
                     self._go_back(output)
@@ -318,6 +320,12 @@ class _Drawing:
                 final_guidance_scale=self._measures.guidance_scale,
             ),
         )
+
+    @contextmanager
+    def _known(self) -> Iterator[None]:
+        """Within, what stays while one picture is drawn is looked up once."""
+        with dtype_known(self._denoiser), signatures_known():
+            yield
 
     def _before_decoding(self) -> None:
         self._guarded.stage = "decode"
@@ -442,12 +450,8 @@ def _form_of(text_encoders: Sequence[torch.nn.Module]) -> Hashable:
     """What tells weights as they were loaded from the same ones quantised or stored in another dtype."""
     return tuple(
         (
-            frozenset(type(module).__qualname__ for module in text_encoder.modules()),
-            frozenset(
-                (type(tensor).__qualname__, str(tensor.dtype))
-                for tensors in (text_encoder.parameters(), text_encoder.buffers())
-                for tensor in tensors
-            ),
+            frozenset(type(module) for module in modules_within(text_encoder)),
+            frozenset((type(tensor), tensor.dtype) for tensor in tensors_within(text_encoder)),
         )
         for text_encoder in text_encoders
     )

@@ -7,10 +7,15 @@ process's.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import logging
 import os
+import platform
 import shutil
-from collections.abc import Collection, Iterator
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,9 +67,10 @@ class Levers:
         self._choices: Choices = {}
         self._compiled: str | None = None
         self._hooks: list[RemovableHandle] = []
-        #: How often a block that is compiled ran as it is, since `acting` began.
-        self._uncompiled_calls = 0
-        self._is_channels_last = False
+        #: Since `acting` began: passes of the denoiser, and calls of blocks that ran as they are in them.
+        self._passes = self._uncompiled_calls = 0
+        #: None where laying out has failed halfway.
+        self._is_channels_last: bool | None = False
 
     @property
     def facts(self) -> LeverFacts:
@@ -88,7 +94,10 @@ class Levers:
         choices = agreeing(choices)
         wanted = {compiles(names) for names in choices.values()} - {None}
         assert len(wanted) <= 1
-        self._compile(wanted.pop() if wanted else None, compiled_folder)
+        attention = {
+            name for names in choices.values() if compiles(names) for name in names if name in _KERNELS
+        }
+        self._compile(wanted.pop() if wanted else None, attention, compiled_folder)
         self.choose(choices)
 
     def choose(self, choices: Choices) -> None:
@@ -104,15 +113,15 @@ class Levers:
         """These act within, and no other. What would have to be compiled for it runs as it is, unless it
         `may_compile`: a picture never waits for a compiler."""
         self.lay_out(names)
-        self._uncompiled_calls = 0
+        self._passes = self._uncompiled_calls = 0
         with self.during_passes(names, may_compile):
             yield
 
     def acted(self, names: Collection[str]) -> tuple[str, ...]:
-        """Those of `names` that really did since `acting` began: a call of a kind that was not compiled runs
-        as it is, and then compiled code is not told."""
-        is_whole = not self._uncompiled_calls
-        return tuple(name for name in names if is_whole or not lever_named(name).compiles)
+        """Those of `names` that really did since `acting` began: compiled code if one call at least was of a
+        kind that had been compiled, for all others run as they are."""
+        ran = self._uncompiled_calls < self._passes * len(self._blocks())
+        return tuple(name for name in names if ran or not lever_named(name).compiles)
 
     @contextmanager
     def during_passes(self, names: Collection[str], may_compile: bool = False) -> Iterator[None]:
@@ -125,6 +134,9 @@ class Levers:
                 elif may_compile:
                     stance = "default"
                     stack.enter_context(torch._dynamo.config.patch(recompile_limit=MOST_KINDS))
+                    stack.enter_context(warnings.catch_warnings())
+                    # Positions are complex numbers, which torch leaves as they are; nothing is slower for it.
+                    warnings.filterwarnings("ignore", message=".*complex operators.*")
                 stack.enter_context(torch.compiler.set_stance(stance))
             for name in names:
                 if name in _KERNELS:
@@ -138,6 +150,7 @@ class Levers:
         wanted = "channels_last_vae" in names
         if wanted != self._is_channels_last:
             layout = torch.channels_last if wanted else torch.contiguous_format
+            self._is_channels_last = None
             self._pipeline.vae.to(memory_format=layout)
             self._is_channels_last = wanted
 
@@ -155,7 +168,9 @@ class Levers:
         classes = named or _MORE_BLOCKS.get(type(denoiser).__name__, ())
         return [module for module in denoiser.modules() if type(module).__name__ in classes]
 
-    def _compile(self, lever: str | None, folder: Path | None) -> None:
+    def _compile(self, lever: str | None, attention: Collection[str], folder: Path | None) -> None:
+        if lever is not None:
+            _one_form_of_code(self._blocks(), (lever, *attention))
         if lever == self._compiled:
             return
         for block in self._blocks():
@@ -166,7 +181,7 @@ class Levers:
         self._hooks = []
         if lever is not None:
             if folder is not None:
-                _keep_compiled_code_in(folder)
+                _keep_compiled_code_in(folder / _machine_and(attention))
             # Putting on LoRAs does it for good, and compiled code would not know the weights again.
             self._denoiser.requires_grad_(False)
             options = {"triton.cudagraphs": True} if lever == "cuda_graphs" else None
@@ -175,6 +190,10 @@ class Levers:
                 if not torch.compiler.is_compiling():  # of compiled code nothing is left of this
                     self._uncompiled_calls += 1
 
+            def begun(_denoiser: torch.nn.Module, _args: Any) -> None:
+                self._passes += 1
+
+            self._hooks.append(self._denoiser.register_forward_pre_hook(begun))
             for block in self._blocks():
                 self._hooks.append(block.register_forward_pre_hook(entered))
                 # One code for all sizes and lengths of prompts: another one must not wait for a compiler.
@@ -203,16 +222,49 @@ def _compilers(device: str) -> tuple[str, ...]:
     return (os.environ.get("CC") or "gcc", "cc", "clang")
 
 
+#: By class of blocks, what the code of this process is compiled for.
+_forms: dict[str, tuple[str, ...]] = {}
+
+
+def _one_form_of_code(blocks: Sequence[torch.nn.Module], form: tuple[str, ...]) -> None:
+    """torch keeps compiled code by the class of a block and does not look at which attention was chosen when
+    it was made, nor by what it was compiled: code of another form goes, also that of other models."""
+    wanted = {type(block).__name__: tuple(sorted(form)) for block in blocks}
+    if any(_forms.get(name, form) != form for name, form in wanted.items()):
+        torch._dynamo.reset()
+        _forms.clear()
+    _forms.update(wanted)
+
+
+def _machine_and(attention: Collection[str]) -> str:
+    """A folder's name for machines that run the same code: what is made for a processor uses all that it has,
+    and torch's own notes do not tell which attention was chosen."""
+    flags = ""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    told = repr((platform.machine(), flags, torch.__version__, sorted(attention)))
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+#: Where this process keeps its compiled code, once that was decided.
+_our_folder: str | None = None
+
+
 def _keep_compiled_code_in(folder: Path) -> None:
     """torch's own place is in the system's folder for passing files: gone at the next start, anybody's."""
+    global _our_folder
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imports half of the compiler
 
     # torch writes its own place there as soon as it has looked for it; what a user chose is another.
-    if os.environ.get(_CACHE_VARIABLE, default_cache_dir()) != default_cache_dir():
+    if os.environ.get(_CACHE_VARIABLE, default_cache_dir()) not in (default_cache_dir(), _our_folder):
         return
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        seen = folder.stat()
+        if seen.st_uid != os.getuid() or seen.st_mode & 0o022 or not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "its folder is another user's or open to others")
     except OSError as error:
         logger.warning("compiled code cannot be kept, so the next start compiles again: %s", error.strerror)
         return
-    os.environ[_CACHE_VARIABLE] = str(folder)
+    os.environ[_CACHE_VARIABLE] = _our_folder = str(folder)

@@ -7,7 +7,7 @@ torch and no pipeline.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 #: Levers that act on pictures of about this many pixels a side, as the root of the area, by their names.
@@ -118,8 +118,21 @@ def with_lever(chosen: Iterable[str], name: str) -> tuple[str, ...]:
 
 
 def compiles(chosen: Collection[str]) -> str | None:
-    """The lever among them that is compiled code; None where there is none."""
-    return next((name for name in chosen if _BY_NAME[name].compiles), None)
+    """The lever among them that is compiled code, of those that this version knows; None where none is."""
+    return next((name for name in chosen if name in _BY_NAME and _BY_NAME[name].compiles), None)
+
+
+def only(choices: Choices, wanted: Callable[[Lever], bool]) -> Choices:
+    """The same with those levers alone that are `wanted`."""
+    return {
+        bucket: tuple(name for name in names if wanted(_BY_NAME[name])) for bucket, names in choices.items()
+    }
+
+
+def names_in(choices: Choices) -> tuple[str, ...]:
+    """Every lever that acts at some size, in the table's order."""
+    found = {name for names in choices.values() for name in names}
+    return tuple(name for name in LEVER_NAMES if name in found)
 
 
 def size_bucket(width_px: int, height_px: int) -> int:

@@ -13,7 +13,9 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import secrets
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+from zimage_engine.loading.view import default_cache_folder
 from zimage_engine.speed.levers import LEVER_NAMES, Choices
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,13 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 #: A process may be ended by a person in the middle of a trial; twice the same is no chance.
 MOST_DEATHS = 2
+#: Deaths of one lever in such a while count once.
+TOGETHER_SECONDS = 60.0
+
+
+def remembered_choices() -> RememberedChoices:
+    """What was measured on this machine, in the user's cache folder."""
+    return RememberedChoices(default_cache_folder().parent / "levers")
 
 
 def key_of_choice(facts: Mapping[str, Any]) -> str:
@@ -49,6 +59,12 @@ class RememberedChoices:
         """The levers by size bucket; without those that ended a process too often, nothing where none are."""
         sizes = self._read(key).get("sizes", {})
         barred = self.barred(key)
+        if barred:
+            logger.warning(
+                "left out, because a process ended while it was being made ready, several times: %s; "
+                "`zimage-turbo tune --forget` forgets that",
+                ", ".join(sorted(barred)),
+            )
         try:
             return {
                 int(bucket): tuple(
@@ -95,25 +111,42 @@ class RememberedChoices:
 
     @contextmanager
     def trying(self, key: str, lever: str) -> Iterator[None]:
-        """While it runs, the disk tells that this lever is being tried, also after the process has ended."""
+        """While it runs, the disk tells that this lever is being tried, also after the process has ended.
+
+        A trial that comes to its end takes back what is told of earlier ones.
+        """
         note = self._folder / f"{key}.{secrets.token_hex(4)}.trying"
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps({"lever": lever, **_this_process()}), encoding="utf-8")
+            said = {"lever": lever, "at": time.time(), **_this_process()}
+            note.write_text(json.dumps(said), encoding="utf-8")
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
                 note.unlink(missing_ok=True)
+        for other, said in self._trials(key):
+            if said["lever"] == lever and _has_ended(said):
+                with contextlib.suppress(OSError):
+                    other.unlink(missing_ok=True)
 
     def barred(self, key: str) -> frozenset[str]:
         """The levers whose trial ended a process too often to be tried again."""
-        deaths: Counter[str] = Counter()
+        # Workers that begin together are ended together, by a person as a rule.
+        deaths = {
+            (said["lever"], said["at"] // TOGETHER_SECONDS)
+            for _, said in self._trials(key)
+            if _has_ended(said)
+        }
+        counts = Counter(lever for lever, _ in deaths)
+        return frozenset(lever for lever, count in counts.items() if count >= MOST_DEATHS)
+
+    def _trials(self, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         for note in self._folder.glob(f"{key}.*.trying"):
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            with contextlib.suppress(OSError, ValueError):
                 said = json.loads(note.read_text(encoding="utf-8"))
-                deaths[said["lever"]] += not _is_running(said)
-        return frozenset(lever for lever, count in deaths.items() if count >= MOST_DEATHS)
+                if isinstance(said, dict) and said.keys() >= {"lever", "at", *_this_process()}:
+                    yield note, said
 
     def _read(self, key: str) -> dict[str, Any]:
         try:
@@ -124,12 +157,15 @@ class RememberedChoices:
 
 
 def _this_process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "began": psutil.Process().create_time()}
+    return {"host": platform.node(), "pid": os.getpid(), "began": psutil.Process().create_time()}
 
 
-def _is_running(said: Mapping[str, Any]) -> bool:
-    """A container numbers its processes alike at each start, so the number alone tells nothing."""
-    try:
-        return abs(psutil.Process(said["pid"]).create_time() - said["began"]) < 1.0
-    except psutil.Error:
+def _has_ended(said: Mapping[str, Any]) -> bool:
+    """Of another host's processes, whose notes lie on a volume that both have, nothing is known. A container
+    numbers its processes alike at each start, so the number alone tells nothing."""
+    if said["host"] != platform.node():
         return False
+    try:
+        return abs(psutil.Process(said["pid"]).create_time() - said["began"]) >= 1.0
+    except psutil.Error:
+        return True

@@ -65,8 +65,14 @@ function setText(place, text) {
   if (place && place.textContent !== text) place.textContent = text;
 }
 
+/** How far the model is with loading, as far as that is known. */
+function loadingText() {
+  const part = status.progress;
+  return typeof part === "number" ? say("model_loading_read", { percent: Math.floor(100 * part) }) : say("model_loading");
+}
+
 function device() {
-  if (status.state === "loading") return ["loading", say("model_loading")];
+  if (status.state === "loading") return ["loading", loadingText()];
   if (status.state === "ready" && status.device) return ["ready", status.device];
   return ["unknown", say("device_unknown")];
 }
@@ -101,6 +107,7 @@ function showLoading() {
   const place = host("loading");
   if (!place) return;
   const loading = status?.state === "loading";
+  if (loading) setText(place.querySelector("strong"), loadingText());
   if (loading === Boolean(place.firstChild)) return;
   put(
     place,
@@ -108,7 +115,8 @@ function showLoading() {
       ? make(
           "div",
           { class: "box calm", role: "status" },
-          make("strong", {}, say("model_loading")),
+          // Read out once, not at each percent.
+          make("strong", { "aria-live": "off" }, loadingText()),
           make("p", {}, say("model_loading_hint")),
         )
       : null,

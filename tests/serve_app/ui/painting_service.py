@@ -74,6 +74,8 @@ class PaintingService:
     others: tuple[ModelState, ...] = ()
     loras: tuple[LoraOffer, ...] = ()
     tokens: PromptTokens | None = None
+    #: What is told of the files that are read while nothing is loaded.
+    loading_part: float | None = None
 
     async def readiness(self) -> Readiness:
         return Readiness(self.loaded, "ready" if self.loaded else "No worker has its model yet.")

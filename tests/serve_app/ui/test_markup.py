@@ -10,8 +10,10 @@ import pytest
 from serve_app.image_codec import ImageEncoding
 from serve_app.ui import markup
 from serve_app.ui.drawing import Stepped
+from serve_app.ui.texts import MESSAGES, Language
 from serve_app.worker_reply import Preview
 from tests.serve_app.ui.painting_service import CARD, MODEL, PaintingService
+from zimage_engine.speed.levers import LEVER_NAMES, LEVERS
 from zimage_engine.types import (
     DeviceStatus,
     GenerationReport,
@@ -109,6 +111,21 @@ async def test_facts_tell_the_loras_in_force() -> None:
     assert re.findall(r"<dd class=\"used_loras\">(.*?)</dd>", facts) == [
         "&lt;ink&gt;.safetensors × 0.8, rain.safetensors × 1"
     ]
+
+
+@pytest.mark.parametrize(
+    ("language", "told"),
+    [("en", "channels-last VAE, compiled blocks"), ("zh", "VAE 通道后置排列、编译模型块")],
+)
+async def test_facts_tell_what_made_the_picture_quicker(language: Language, told: str) -> None:
+    report = replace(await report_of(), accelerated_by=("channels_last_vae", "compiled"))
+    assert re.findall(r"<dd class=\"used_levers\">(.*?)</dd>", markup.facts(report, language)) == [told]
+    assert "used_levers" not in markup.facts(await report_of(), language)
+
+
+def test_everything_that_makes_pictures_quicker_has_words() -> None:
+    in_english = {name: MESSAGES[f"lever_{name}"].en for name in LEVER_NAMES}
+    assert in_english == {lever.name: lever.title for lever in LEVERS}
 
 
 async def test_the_enhancement_lists_what_was_added_and_the_whole_prompts() -> None:

@@ -247,7 +247,9 @@ def test_defaults_that_change_while_the_server_runs_reach_open_pages() -> None:
 
 
 def test_while_the_model_loads_the_status_says_so() -> None:
-    assert status_of(PaintingService(loaded=False))["state"] == "loading"
+    told = status_of(PaintingService(loaded=False))
+    assert (told["state"], told["progress"]) == ("loading", None)
+    assert status_of(PaintingService(loaded=False, loading_part=0.25))["progress"] == 0.25
 
 
 def test_a_device_that_does_not_answer_is_said_to_be_unknown() -> None:

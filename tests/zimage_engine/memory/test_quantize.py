@@ -13,6 +13,8 @@ import numpy
 import pytest
 import torch
 
+from tests.benchmarks.activation_bytes import LiveBytes
+from tests.zimage_engine.memory.quantised_words import HAS_INT8, WORDS, needs_int8
 from tests.zimage_engine.memory.residencies import ASKED, WRITERS, pixels, plan_for, traces, weights
 from tests.zimage_engine.tiny_models.lora import write_lora
 from zimage_engine.engine import Engine
@@ -21,14 +23,15 @@ from zimage_engine.families import FAMILIES, family_named
 from zimage_engine.loading.lora_weight import LoraWeight
 from zimage_engine.memory.footprint import footprint_of_pipeline, published_footprint
 from zimage_engine.memory.planner import PlanOptions, all_options, plan_offload
-from zimage_engine.memory.quantize import CONFIGS, check_quantisation, quiet_torchao
+from zimage_engine.memory.quantize import STORED, check_quantisation, quiet_torchao, refusal
 from zimage_engine.memory.residency import QUANTISATIONS, Footprint, MemoryWishes, Residency
 from zimage_engine.memory.strategies import AppliedOffload, apply
 from zimage_engine.memory.streaming import tensors_of
+from zimage_engine.sampling.float32 import wide
 
 #: Ways of moving weights that quantised ones bear.
 WAYS = [way for way in Residency if way is not Residency.SEQUENTIAL]
-every_word = pytest.mark.parametrize("word", QUANTISATIONS)
+every_word = pytest.mark.parametrize("word", WORDS)
 
 
 class Case:
@@ -67,7 +70,7 @@ def z_image(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_every_word_has_torchao_settings() -> None:
-    assert set(CONFIGS) == set(QUANTISATIONS)
+    assert set(STORED) == set(QUANTISATIONS)
 
 
 @every_word
@@ -108,14 +111,39 @@ def test_the_footprint_is_to_the_byte_what_quantised_weights_take(
 
 @every_word
 def test_a_layer_at_work_takes_the_copies_that_the_planner_counts(word: str) -> None:
-    """What PyTorch allocates during one layer's call; the answer for one row is next to nothing."""
-    from torch.profiler import ProfilerActivity, profile
-    from torchao.quantization import quantize_
+    """What a layer's call allocates; the answer for one row is next to nothing."""
+    copies = _working_bytes(word, rows=1, values_in=1024, values_out=4096) / (2 * 1024 * 4096)
+    counted = QUANTISATIONS[word].working_copies
+    # Multiplying in int8 takes a copy on a card alone.
+    assert copies <= counted if word == "int8-dynamic" else copies == pytest.approx(counted, abs=0.02)
 
-    layer = torch.nn.Linear(1024, 4096, bias=False, dtype=torch.bfloat16)
-    matrix_bytes = layer.weight.nbytes
-    quantize_(layer, CONFIGS[word]())
-    asked = torch.randn(1, 1024, dtype=torch.bfloat16)
+
+@pytest.mark.parametrize("word", [pytest.param("int8-dynamic", marks=needs_int8), "fp8-dynamic"])
+@pytest.mark.parametrize("shape", [(64, 1024), (1024, 64), (1024, 1024), (2048, 512)])
+def test_what_narrowing_a_token_takes_is_what_the_planner_counts(word: str, shape: tuple[int, int]) -> None:
+    """Never under it, and not far over it: a card takes more in int8 than a processor does. The scales of a
+    token take a few bytes."""
+    rows = 4096
+    made = _working_bytes(word, rows=rows, values_in=shape[1], values_out=shape[0]) / rows
+    counted = QUANTISATIONS[word].token_bytes([shape])
+    assert made - 256 <= counted <= (1.5 if word == "fp8-dynamic" else 2.5) * made
+
+
+def _working_bytes(word: str, *, rows: int, values_in: int, values_out: int) -> int:
+    """What a call allocates at its peak: on this processor, but where that stands in for a card's product
+    by widening everything, on tensors without values."""
+    from torch.profiler import ProfilerActivity, profile
+
+    layer = _quantised_linear(word, values_in, values_out)
+    asked = torch.randn(rows, values_in, dtype=torch.bfloat16)
+    if word == "fp8-dynamic":
+        _empty(layer)
+        counted = LiveBytes()
+        asked = asked.to("meta")
+        counted.know([*tensors_of((layer,)), asked])
+        with torch.no_grad(), counted:
+            layer(asked)
+        return counted.peak_bytes
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         layer(asked)
     held = peak = 0
@@ -123,22 +151,30 @@ def test_a_layer_at_work_takes_the_copies_that_the_planner_counts(word: str) -> 
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    assert peak / matrix_bytes == pytest.approx(QUANTISATIONS[word].working_copies, rel=0.02)
+    return peak
+
+
+def _quantised_linear(word: str, values_in: int, values_out: int, *, bias: bool = False) -> Any:
+    layer = torch.nn.Linear(values_in, values_out, bias=bias, dtype=torch.bfloat16)
+    layer.weight = torch.nn.Parameter(STORED[word](layer.weight.detach()), requires_grad=False)
+    return layer
+
+
+def _empty(layer: Any) -> None:
+    """Puts parts without values in place of those of its weight, as moving puts others in place of them."""
+    for name in layer.weight.__tensor_flatten__()[0]:
+        setattr(layer.weight, name, getattr(layer.weight, name).to("meta"))
 
 
 @every_word
 def test_a_layer_computes_where_its_parts_were_moved(word: str) -> None:
     """Moving is done to what a weight consists of; the device that the weight itself names is not asked."""
-    from torchao.quantization import quantize_
-
-    layer = torch.nn.Linear(32, 64, dtype=torch.bfloat16)
-    quantize_(layer, CONFIGS[word]())
+    layer = _quantised_linear(word, 32, 64, bias=True)
     parts = tensors_of((layer,))
     assert len(parts) > 2 and {type(part) for part in parts} <= {torch.Tensor, torch.nn.Parameter}
     # A tensor without values cannot be put in place of one with them, so the weight gets new parts.
     layer.bias = None
-    for name in layer.weight.__tensor_flatten__()[0]:  # type: ignore[operator]
-        setattr(layer.weight, name, getattr(layer.weight, name).to("meta"))
+    _empty(layer)
     assert layer.weight.device.type == "cpu"
     answer = layer(torch.zeros(1, 32, dtype=torch.bfloat16, device="meta"))
     assert (answer.device.type, answer.shape, answer.dtype) == ("meta", (1, 64), torch.bfloat16)
@@ -177,7 +213,7 @@ def test_the_plan_says_it_and_never_takes_the_way_that_cannot_be_taken(word: str
 
 
 REFUSED = {
-    "another word": ({"quantize": "int4"}, "must be one of int8, fp8, got 'int4'"),
+    "another word": ({"quantize": "int4"}, "must be one of int8, fp8, int8-dynamic, fp8-dynamic, got 'int4'"),
     "both": ({"quantize": "int8", "float8": True}, "choose one"),
     "sequential": ({"quantize": "fp8", "offload": "sequential"}, "choose none, model, stream or disk"),
 }
@@ -204,9 +240,102 @@ def test_float8_values_are_refused_where_the_device_has_none() -> None:
     check_quantisation("int8", "mps")
     with pytest.raises(InvalidRequest, match="use int8"):
         check_quantisation("fp8", "mps")
+    with pytest.raises(InvalidRequest, match="multiplies in int8, and Apple's GPU does not; use int8"):
+        check_quantisation("int8-dynamic", "mps")
 
 
-@pytest.fixture(scope="module", params=QUANTISATIONS)
+CARDS: dict[str, tuple[str, tuple[int, int] | None, str, str | None]] = {
+    "A100": ("fp8-dynamic", (8, 0), "bfloat16", "compute capability 8.9 or more, got one of 8.0; use fp8,"),
+    "RTX 4090": ("fp8-dynamic", (8, 9), "bfloat16", None),
+    "H200": ("fp8-dynamic", (9, 0), "bfloat16", None),
+    "RTX 5090": ("fp8-dynamic", (12, 0), "bfloat16", None),
+    "H200 in float16": ("fp8-dynamic", (9, 0), "float16", "computes in float16; leave out dtype, or use fp8"),
+    "another maker's": ("fp8-dynamic", None, "bfloat16", "got another maker's; use fp8,"),
+    "V100 in int8": ("int8-dynamic", (7, 0), "bfloat16", "7.5 or more, got one of 7.0; use int8,"),
+    "A100 in int8": ("int8-dynamic", (8, 0), "float16", None),
+    "V100, widened": ("fp8", (7, 0), "float16", None),
+}
+
+
+@pytest.mark.parametrize(("word", "capability", "dtype", "sentence"), CARDS.values(), ids=CARDS)
+def test_a_card_that_does_not_multiply_in_the_small_type_is_told_what_to_use(
+    word: str, capability: tuple[int, int] | None, dtype: str, sentence: str | None
+) -> None:
+    reason = refusal(word, "cuda", capability, getattr(torch, dtype))
+    assert reason is None if sentence is None else sentence in str(reason)
+    assert refusal(word, "cpu", None, getattr(torch, dtype)) is None
+
+
+def test_a_processor_without_int8_products_is_told_what_to_use() -> None:
+    assert "VNNI or AMX), and this one does not; use int8," in str(
+        refusal("int8-dynamic", "cpu", None, has_int8=False)
+    )
+    for word in ("int8", "fp8", "fp8-dynamic"):
+        assert refusal(word, "cpu", None, has_int8=False) is None
+
+
+@needs_int8
+def test_a_fault_in_a_row_stays_in_it_and_is_seen() -> None:
+    layer = _quantised_linear("int8-dynamic", 64, 32, bias=True)
+    asked = torch.randn(4, 64, dtype=torch.bfloat16)
+    asked[1, 3], asked[2, 5] = float("nan"), float("inf")
+    with torch.no_grad():
+        answer, rows = layer(asked), [layer(row[None])[0] for row in asked]
+    assert answer.isfinite().all(dim=1).tolist() == [True, False, False, True]
+    assert all(torch.equal(answer[place], rows[place]) for place in (0, 3)), "no row depends on another"
+
+
+@needs_int8
+def test_multiplying_in_int8_on_the_cpu_is_what_torchao_does_but_for_rounding() -> None:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    theirs = torch.nn.Linear(320, 96, dtype=torch.bfloat16)
+    ours = torch.nn.Linear(320, 96, dtype=torch.bfloat16)
+    ours.load_state_dict(theirs.state_dict())
+    ours.weight = torch.nn.Parameter(STORED["int8-dynamic"](ours.weight.detach()), requires_grad=False)
+    asked = torch.randn(2, 5, 320, dtype=torch.bfloat16)
+    asked[0, 0] = 0.0
+    with torch.no_grad():
+        exact = theirs(asked).float()
+        quantize_(theirs, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+        found, wanted = ours(asked), theirs(asked)
+    assert (found.shape, found.dtype) == (exact.shape, torch.bfloat16)
+    torch.testing.assert_close(found.float(), wanted.float(), atol=0.02, rtol=0.02)
+    assert torch.equal(found[0, 0], ours.bias)
+    errors = [(each.float() - exact).abs().mean() for each in (found, wanted)]
+    assert errors[0] <= 1.05 * errors[1]
+
+
+def test_a_matrix_that_cards_do_not_multiply_by_is_widened_and_takes_as_much() -> None:
+    weight = torch.randn(24, 40, dtype=torch.bfloat16)
+    for word, plain in (("int8-dynamic", "int8"), ("fp8-dynamic", "fp8")):
+        for odd in (weight[:, :36], weight[:20]):
+            stored: Any = STORED[word](odd)
+            assert stored.act_quant_kwargs is None
+            assert torch.equal(stored.dequantize(), STORED[plain](odd).dequantize())
+    narrowing: Any = STORED["int8-dynamic"](weight)
+    assert narrowing.act_quant_kwargs is not None
+
+
+def test_in_float32_arithmetic_no_activation_is_narrowed() -> None:
+    """An outlier makes the steps of a narrowed row coarse; the recovery rung must not have them."""
+    asked = torch.randn(3, 64)
+    asked[:, 0] = 1000.0
+    for word in ("int8-dynamic", "fp8-dynamic"):
+        layer = _quantised_linear(word, 64, 32, bias=True)
+        values = layer.weight.dequantize(torch.float32)
+        exact = torch.nn.functional.linear(asked, values, layer.bias.float())
+        with torch.no_grad(), wide(layer):
+            found = layer(asked)
+        assert found.dtype is torch.float32
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-3)
+        if word == "fp8-dynamic" or HAS_INT8:
+            with torch.no_grad():
+                narrowed = layer(asked.bfloat16()).float()
+            assert (narrowed - exact).abs().max() > 0.05
+
+
+@pytest.fixture(scope="module", params=WORDS)
 def quantised(request: pytest.FixtureRequest, z_image: Case) -> Engine:
     return Engine.load(z_image.model, device="cpu", memory=MemoryWishes(quantize=request.param))
 

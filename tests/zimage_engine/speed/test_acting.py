@@ -16,10 +16,9 @@ import torch
 from tests.zimage_engine.tiny_models import write_tiny_pixart, write_tiny_sdxl
 from tests.zimage_engine.tiny_models.lora import write_lora
 from zimage_engine import Engine, GenerationRequest
-from zimage_engine.engine import remembered_choices
 from zimage_engine.errors import LeverFailed
 from zimage_engine.speed.acting import Levers
-from zimage_engine.speed.remembered import key_of_choice
+from zimage_engine.speed.remembered import key_of_choice, remembered_choices
 from zimage_engine.types import GenerationResult, LoraChoice
 
 ASKED = GenerationRequest(prompt="a red circle", seed=3, width=64, height=64, enhance=False, refine=False)
@@ -140,6 +139,53 @@ def test_a_bad_value_is_recovered_from_as_without(engine: Engine, plain: Engine,
     assert np.abs(pixels(drawn) - pixels(plain.generate(ASKED))).mean() < 3
 
 
+def test_a_picture_that_is_kept_after_a_second_look_is_told_as_it_was_drawn(engine: Engine) -> None:
+    """The tiny model's pictures are noise: the second, in float32, runs as it is, and looks the same."""
+    drawn = engine.generate(ASKED)
+    engine.draws_again = True
+    try:
+        looked_at = engine.generate(ASKED)
+    finally:
+        engine.draws_again = False
+    assert {trip.stage for trip in looked_at.report.pictures[0].guard.trips} <= {"picture"}
+    assert (pixels(looked_at) == pixels(drawn)).all()
+    assert looked_at.report.accelerated_by == LEVERS
+
+
+def test_a_layout_that_failed_halfway_is_made_good(
+    engine: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = engine.pipeline.vae
+    exact = replace(ASKED, exact=True)
+    engine.generate(exact)
+
+    def fails_halfway(memory_format: torch.memory_format) -> None:
+        vae.decoder.conv_in.to(memory_format=memory_format)
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(vae, "to", fails_halfway)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.generate(ASKED)
+    assert (pixels(engine.generate(exact)) == pixels(plain.generate(ASKED))).all()
+    assert all(each.is_contiguous() for each in vae.parameters())
+
+
+def test_code_for_another_attention_is_another(engine: Engine) -> None:
+    """torch's compiled code does not tell for which attention it was made; ours is made anew."""
+    first = pixels(engine.generate(ASKED))
+    before = kinds_compiled()
+    engine.accelerate({64: ("attention_efficient", *LEVERS)})
+    try:
+        assert kinds_compiled() > before
+        drawn = engine.generate(ASKED)
+        assert drawn.report.accelerated_by == ("attention_efficient", *LEVERS)
+        assert (pixels(drawn) != first).any()
+    finally:
+        engine.accelerate(CHOICES)
+    assert (pixels(engine.generate(ASKED)) == first).all()
+
+
 def test_a_copy_of_the_pipeline_has_none_of_it(engine: Engine, plain: Engine) -> None:
     from zimage_engine.bench.stock import StockPipeline
     from zimage_engine.sampling.plan import resolve
@@ -190,9 +236,9 @@ def test_what_cannot_be_compiled_is_told_and_left_out(
         with monkeypatch.context() as without:
             without.setattr(torch.nn.Module, "compile", broken)
             later = Engine.load(tiny_model, "cpu")
-        assert "drawn without what was measured to be quicker here" in caplog.text
-        drawn = later.generate(ASKED)
-        assert drawn.report.accelerated_by == ()
+        assert "what was measured to be quicker here is left out: RuntimeError: no compiler" in caplog.text
+        assert later.generate(ASKED).report.accelerated_by == ("channels_last_vae",)
+        drawn = later.generate(replace(ASKED, exact=True))
         assert (pixels(drawn) == pixels(plain.generate(ASKED))).all()
         with pytest.raises(LeverFailed, match="no compiler"), monkeypatch.context() as without:
             without.setattr(torch.nn.Module, "compile", broken)

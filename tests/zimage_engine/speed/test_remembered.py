@@ -18,7 +18,9 @@ FACTS = {"device_name": "a card"}
 _DIES = """
 import os, sys
 from pathlib import Path
+import zimage_engine.speed.remembered as module
 from zimage_engine.speed.remembered import RememberedChoices
+module.time.time = lambda: float(sys.argv[3])
 with RememberedChoices(Path(sys.argv[1])).trying(sys.argv[2], "cuda_graphs"):
     os._exit(9)
 """
@@ -82,18 +84,32 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 def test_what_ended_a_process_twice_is_left_out(remembered: RememberedChoices) -> None:
     remembered.remember(KEY, FACTS, 512, ("channels_last_vae", "cuda_graphs"), None)
 
-    def dies() -> int:
-        folder = str(remembered._folder)
-        return subprocess.run([sys.executable, "-c", _DIES, folder, KEY], check=False).returncode
+    def dies(at: float) -> int:
+        told = [str(remembered._folder), KEY, str(at)]
+        return subprocess.run([sys.executable, "-c", _DIES, *told], check=False).returncode
 
-    assert dies() == 9
+    assert dies(1000.0) == 9
     assert remembered.barred(KEY) == frozenset()
-    assert dies() == 9
+    assert dies(1001.0) == 9  # two workers that began together
+    assert remembered.barred(KEY) == frozenset()
+    assert dies(2000.0) == 9
     assert remembered.barred(KEY) == {"cuda_graphs"}
     assert remembered.recall(KEY) == {512: ("channels_last_vae",)}
     assert remembered.barred(key_of_choice({"device_name": "another"})) == frozenset()
+    with remembered.trying(KEY, "cuda_graphs"):
+        pass
+    assert remembered.barred(KEY) == frozenset()
+    assert [dies(at) for at in (3000.0, 4000.0)] == [9, 9]
     remembered.forget()
     assert remembered.barred(KEY) == frozenset()
+
+
+def test_a_death_on_another_machine_is_not_known_here(remembered: RememberedChoices) -> None:
+    remembered.remember(KEY, FACTS, 512, ("compiled",), None)
+    for number in range(3):
+        note = {"lever": "compiled", "at": 1000.0 * number, "host": "another", "pid": 1, "began": 0.0}
+        (remembered._folder / f"{KEY}.{number}.trying").write_text(json.dumps(note), encoding="utf-8")
+    assert remembered.recall(KEY) == {512: ("compiled",)}
 
 
 def test_a_trial_that_is_under_way_or_failed_with_an_error_bars_nothing(
