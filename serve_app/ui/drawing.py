@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from serve_app.service import ImageService
 
 #: The fields of a request that the page's scripts hold.
-MORE = ("n", "loras", "model")
+MORE = ("n", "loras", "model", "exact")
 #: How often a request that waits for the model looks whether it is there.
 READY_POLL_SECONDS = 0.5
 
@@ -188,6 +188,7 @@ def request_from(asked: Asked, description: ModelDescription) -> GenerationReque
         n=more.n or 1,
         loras=to_choices(more),
         model=more.model,
+        exact=bool(more.exact),
     )
 
 
@@ -207,6 +208,7 @@ def parameters_of(asked: Asked, report: GenerationReport, seed: int) -> dict[str
         "refine": asked.refine,
         "loras": None if loras is None else [{"name": each.name, "weight": each.weight} for each in loras],
         "model": _more(asked).model,
+        "exact": _more(asked).exact or None,
     }
     return {name: value for name, value in fields.items() if value is not None}
 

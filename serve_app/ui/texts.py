@@ -233,6 +233,9 @@ SCRIPT_TEXTS: dict[str, Text] = {
     "dice": Text("Roll a new seed", "掷一个新种子"),
     "lock": Text("Keep the seed of the last picture", "保持上一张图的种子"),
     "count": Text("Pictures", "张数"),
+    "exact_asked": Text(
+        "Exactly as first drawn, without what is quicker here", "与原图逐位一致，不使用本机的加速方式"
+    ),
     "model": Text("Model", "模型"),
     "model_ready": Text("loaded", "已加载"),
     "model_loading_now": Text("loading", "正在加载"),
@@ -319,6 +322,7 @@ SCRIPT_TEXTS: dict[str, Text] = {
     "fact_seed": Text("Seed", "种子"),
     "fact_enhance": Text("Enhance", "润色"),
     "fact_refine": Text("Fine detail", "强化细节"),
+    "fact_exact": Text("Exact", "逐位一致"),
     "fact_loras": Text("LoRAs", "LoRA 模型"),
     "fact_profile": Text("Profile", "方案"),
     "fact_model": Text("Model", "模型"),

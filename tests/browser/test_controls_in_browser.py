@@ -232,6 +232,7 @@ def test_all_is_set_and_read_in_one_way_and_stays_over_a_reload(
         "enhance": False,
         "refine": False,
         "n": 2,
+        "exact": True,
     }
     page.evaluate(
         "(detail) => window.dispatchEvent(new CustomEvent('zimage:parameters', {detail}))",
@@ -256,6 +257,12 @@ def test_all_is_set_and_read_in_one_way_and_stays_over_a_reload(
     wait_for_picture(page)
     (request,) = page_server.service.requests
     assert (request.prompt, request.width, request.num_inference_steps, request.n) == ("一只狐狸", 320, 5, 2)
+    assert request.exact
+    exact = page.locator("#count .exact")
+    expect(exact).to_contain_text("逐位一致")
+    exact.get_by_role("checkbox").click()  # and it is gone
+    expect(exact).to_have_count(0)
+    assert "exact" not in page.evaluate("window.zimageParameters()")
     page.locator("#language-switch button").click()
     expect(page.locator("#generate")).to_have_text("Draw")
 

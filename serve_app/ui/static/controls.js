@@ -15,8 +15,9 @@ export const host = (id) => document.querySelector(`#${id} .host`);
 export const input = (id) =>
   document.querySelector(`#${id} textarea, #${id} input[type=number], #${id} input:not([type=range])`);
 
-/** What the scripts hold themselves, not Gradio: the number of pictures, LoRAs, the model. */
-export const held = { n: 1, loras: null, model: null };
+/** What the scripts hold themselves, not Gradio: the number of pictures, LoRAs, the model, and whether
+ * what makes drawing quicker stays away. */
+export const held = { n: 1, loras: null, model: null, exact: null };
 
 const listeners = new Set();
 /** Call `listener` whenever a control has changed, whoever has changed it. */
@@ -64,6 +65,7 @@ function shown() {
     n: held.n,
     loras: held.loras ?? undefined,
     model: held.model ?? undefined,
+    exact: held.exact ?? undefined,
   };
   for (const name of Object.keys(unseen)) delete all[name];
   return withoutEmpty(all);

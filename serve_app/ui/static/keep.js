@@ -151,6 +151,7 @@ const FACTS = [
   ["seed", "fact_seed", String],
   ["enhance", "fact_enhance", onOff],
   ["refine", "fact_refine", onOff],
+  ["exact", "fact_exact", onOff],
   ["loras", "fact_loras", loras],
   ["profile", "fact_profile", String],
   ["model", "fact_model", String],

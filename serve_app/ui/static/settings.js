@@ -272,6 +272,25 @@ atHost("count", (place) => {
   check(place, held.n);
 });
 
+// --- exactness ------------------------------------------------------------------------------------------------
+
+/** Comes with a picture that was drawn without what is quicker here, and stands until it is unticked. */
+function showExact() {
+  const place = host("count");
+  const line = place?.querySelector(".exact");
+  if (!held.exact) return line?.remove();
+  if (!place || line) return;
+  const tick = make("input", { type: "checkbox" });
+  tick.checked = true;
+  tick.addEventListener("input", (event) => {
+    event.stopPropagation();
+    held.exact = null;
+    changed();
+  });
+  place.append(make("label", { class: "note exact" }, tick, " ", say("exact_asked")));
+}
+whenChanged(showExact);
+
 // --- model ----------------------------------------------------------------------------------------------------
 
 function stateOf(each) {

@@ -120,6 +120,7 @@ const FIELDS = {
   seed: isWhole(0, 2 ** 32 - 1),
   enhance: isSwitch,
   refine: isSwitch,
+  exact: isSwitch,
   loras: (value) => Array.isArray(value) && value.length <= 8 && value.every(isLora),
   profile: (value) => typeof value === "string" && /^[a-z]{1,20}$/.test(value),
   model: isText(300),

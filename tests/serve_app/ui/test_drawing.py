@@ -246,3 +246,10 @@ def test_refining_is_a_switch_of_its_own(enhance: bool, refine: bool) -> None:
     """What a receipt puts back into the controls has its prompt enhanced already, and is refined."""
     request = request_from(replace(ASKED, enhance=enhance, refine=refine), MODEL)
     assert (request.enhance, request.refine) == (enhance, refine)
+
+
+@pytest.mark.parametrize(
+    ("more", "exact"), [("{}", False), ('{"exact": null}', False), ('{"exact": true}', True)]
+)
+def test_a_picture_that_was_drawn_exactly_is_asked_for_so_again(more: str, exact: bool) -> None:
+    assert request_from(replace(ASKED, more=more), MODEL).exact is exact
