@@ -423,7 +423,7 @@ class Engine:
         ready = only(found, lambda lever: not lever.compiles)
         wanted = only(found, lambda lever: lever.refusal(facts) is None) if may_compile else ready
         if not found:
-            logger.info("nothing was measured to be quicker here; `zimage-turbo tune` does it once")
+            logger.debug("nothing was measured to be quicker here; `zimage-turbo tune` does it once")
         for choices in (wanted, ready):
             names = names_in(choices)
             if not names:
