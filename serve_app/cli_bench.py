@@ -15,6 +15,7 @@ from serve_app.terminal import say
 from zimage_engine.errors import EngineError, InvalidRequest
 
 if TYPE_CHECKING:
+    from zimage_engine import Engine
     from zimage_engine.bench.measuring import BenchWishes, Loaded
     from zimage_engine.types import GenerationResult
 
@@ -239,19 +240,25 @@ def _loaded(
 
 def _measured(wishes: BenchWishes, load: Any) -> dict[str, Any]:
     say("loading ...", only_on_a_terminal=True)
-    loaded: Loaded = load()
     from serve_app.settings import Settings
     from serve_app.worker_load import LoadedWorker
     from zimage_engine.bench.measuring import measure
 
     # As it is without any setting: limits in the environment are the server's, and nothing of this machine.
-    with LoadedWorker(loaded.engine, Settings.model_construct(max_batch_size=SHARING_A_PASS)) as worker:
+    found: list[Loaded] = []
+
+    def engine() -> Engine:
+        found.append(load())
+        return found[0].engine
+
+    with LoadedWorker(engine, Settings.model_construct(max_batch_size=SHARING_A_PASS)) as worker:
         return measure(
-            loaded,
+            found[0],
             wishes,
             _packed,
             worker.draw_at_once,
             lambda line: say(f"{line} ...", only_on_a_terminal=True),
+            worker.in_thread,
         )
 
 

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from serve_app.finishing import Finisher
 from serve_app.image_codec import ImageEncoding, encode_preview
@@ -68,6 +68,8 @@ logger = logging.getLogger(__name__)
 Publish = Callable[[DrawingBegan | StepProgress], Awaitable[None] | None]
 #: What hears of the latents that an engine draws.
 Shows = Callable[["Engine"], OnLatents]
+
+Made = TypeVar("Made")
 
 #: How long the answers of a worker whose device has failed may take to be on their way, and to arrive.
 LEAVE_SECONDS = 5.0
@@ -135,6 +137,10 @@ class ImageWorker:
             on_device_failure=self._give_up,
         )
         self._tell_serve = _teller(settings)
+
+    def in_device_thread(self, work: Callable[[], Made]) -> Made:
+        """What `work` returns or raises, called where pictures are drawn, for who is no event loop."""
+        return self._device_thread.submit(work).result()
 
     async def reconfigure(self, user_config: Any) -> None:
         """Called by Serve with a new `user_config`, also while one is drawn: it holds for the next."""

@@ -63,7 +63,7 @@ def main() -> None:
     asked.add_argument("--size", type=int, default=256)
     asked.add_argument("--pictures", type=int, default=20)
     chosen = asked.parse_args()
-    engine = Engine.load(device="cpu")
+    engine = Engine.load(device="cpu", exact=True)
     draw = _drawer(engine, chosen.size)
     for _ in range(3):
         draw()

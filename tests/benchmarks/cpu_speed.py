@@ -42,7 +42,7 @@ def main() -> None:
     chosen = asked.parse_args()
     cores = read_cores()
     _print(f"{cores}; {plan_threads(cores).because}")
-    engines = {dtype: Engine.load(device="cpu", dtype=dtype) for dtype in DTYPES}
+    engines = {dtype: Engine.load(device="cpu", dtype=dtype, exact=True) for dtype in DTYPES}
     pipeline = engines["bfloat16"].pipeline
     shapes = [
         [tuple(each.shape) for each in module.parameters()] for module in (pipeline.transformer, pipeline.vae)

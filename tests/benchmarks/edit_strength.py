@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 0.4, 0.5])
     parser.add_argument("--pictures", type=int, default=6)
     options = parser.parse_args()
-    engine = Engine.load(device="cpu")
+    engine = Engine.load(device="cpu", exact=True)
     for strength in options.strengths:
         right = same(engine, strength, options.pictures)
         sys.stdout.write(f"{strength:g}: {right} of {options.pictures * EACH}\n")

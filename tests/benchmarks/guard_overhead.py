@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=30)
     parser.add_argument("--side", type=int, default=512, help="pixels of the real-width picture")
     chosen = parser.parse_args()
-    engine = Engine.load(device="cpu")
+    engine = Engine.load(device="cpu", exact=True)
     engine.pipeline.set_progress_bar_config(disable=True)
     plan = plan_for(DEMO_SIDE_PX, DEMO_STEPS, 1.8)
     guarded = GuardedPipeline(engine.pipeline, FAMILY, device_clock("cpu"))

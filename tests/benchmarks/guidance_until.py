@@ -28,7 +28,7 @@ def main() -> None:
     asked.add_argument("--pictures", type=int, default=24)
     asked.add_argument("--until", type=float, nargs="+", default=[0.5, 0.3, 0.2, 0.1, 0.0])
     chosen = asked.parse_args()
-    engine = Engine.load(device="cpu")
+    engine = Engine.load(device="cpu", exact=True)
     prompts = held_out_prompts(chosen.pictures // 2, chosen.pictures - chosen.pictures // 2)
     whole: list[Image] = []
     _print("until  guided  work   mean  worst picture   right")

@@ -152,7 +152,7 @@ def _load(how: str, model: str, device: str) -> dict[str, float]:
     else:
         from zimage_engine import Engine
 
-        engine = Engine.load(model, device)
+        engine = Engine.load(model, device, exact=True)
     loaded = time.perf_counter()
 
     import torch

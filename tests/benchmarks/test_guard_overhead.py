@@ -33,7 +33,7 @@ def test_the_benchmark_still_runs() -> None:
 
 @pytest.mark.parametrize("step", [1, 4, 8])
 def test_a_transient_fault_costs_one_more_call_and_no_other_picture(step: int) -> None:
-    engine = Engine.load(device="cpu")
+    engine = Engine.load(device="cpu", exact=True)
     plan = guard_overhead.plan_for(guard_overhead.DEMO_SIDE_PX, guard_overhead.DEMO_STEPS, 1.8)
     guarded = GuardedPipeline(engine.pipeline, guard_overhead.FAMILY, device_clock("cpu"))
     embeddings = guarded.encode(plan, max_tokens=512)

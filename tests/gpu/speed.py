@@ -80,8 +80,9 @@ def measured(device: str | None, tiny: bool, say: Callable[[str], None]) -> Iter
     def bench(size: tuple[int, int], guidance_scale: float, stock: bool, at_once: tuple[int, ...]) -> Row:
         wishes = BenchWishes((size,), steps, guidance_scale, repeat, stock, at_once, tiny)
         settings = Settings.model_construct(max_batch_size=SHARING_A_PASS)
-        with LoadedWorker(loaded.engine, settings) as worker:
-            return measure(loaded, wishes, _packed, worker.draw_at_once if at_once else None, say)
+        with LoadedWorker(lambda: loaded.engine, settings) as worker:
+            crowd = worker.draw_at_once if at_once else None
+            return measure(loaded, wishes, _packed, crowd, say, worker.in_thread)
 
     yield "plain", bench(large, 1.0, True, ())
     # Noise moves further than pictures do: what is wanted here is how quick each lever is.

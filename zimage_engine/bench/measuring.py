@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -54,6 +54,19 @@ class Crowd:
     waits: tuple[float, ...]
 
 
+Made = TypeVar("Made")
+
+
+class InThread(Protocol):
+    """Runs what it is given in the thread in which requests are drawn, and waits for it."""
+
+    def __call__(self, work: Callable[[], Made], /) -> Made: ...
+
+
+def _here(work: Callable[[], Made], /) -> Made:
+    return work()
+
+
 #: Sends the requests, so many at once, and waits for all answers.
 DrawAtOnce = Callable[[Sequence[GenerationRequest], int], Crowd]
 
@@ -91,24 +104,29 @@ def measure(
     pack: Pack,
     draw_at_once: DrawAtOnce | None,
     say: Callable[[str], None] = lambda line: None,
+    in_thread: InThread = _here,
 ) -> Row:
     """Everything that was asked for. `say` is told what comes next, in a line.
+
+    All that computes does so `in_thread`, the one in which `draw_at_once` draws and the engine was loaded:
+    each thread that has computed keeps threads of its own for it, and on a processor the threads of two
+    leave one another no core to wait on, which made pictures take twice as long.
 
     Raises InvalidRequest or InvalidSize for what the model does not draw.
     """
     engine = loaded.engine
     machine = machine_facts(engine.description.device)
     requests = [_request(engine, wishes, size) for size in wishes.sizes or [(None, None)]]
-    stock = _stock_of(engine) if wishes.compare_stock else None
+    stock = in_thread(partial(_stock_of, engine)) if wishes.compare_stock else None
     say("the first picture")
-    first_seconds = _first_picture(engine, requests[0])
+    first_seconds = in_thread(partial(_first_picture, engine, requests[0]))
     cases = []
     with _quiet():
         for request in requests:
-            case = _Case(engine, request, wishes, pack, stock, draw_at_once)
+            case = _Case(engine, request, wishes, pack, stock, draw_at_once, in_thread)
             cases.append(case.measured(say))
     say("what this machine computes and copies in a second")
-    rates = measure_rates(engine.description.device, wishes.tiny)
+    rates = in_thread(partial(measure_rates, engine.description.device, wishes.tiny))
     for row in cases:
         _add_limit(row, rates, engine.description.dtype)
     steady = cases[0]["stages"]["picture"]["median"]
@@ -189,6 +207,7 @@ class _Case:
         pack: Pack,
         stock: StockPipeline | None,
         draw_at_once: DrawAtOnce | None,
+        in_thread: InThread,
     ) -> None:
         self._engine = engine
         self._request = request
@@ -196,6 +215,7 @@ class _Case:
         self._pack = pack
         self._stock = stock
         self._draw_at_once = draw_at_once
+        self._in_thread = in_thread
         self._family = family_named(engine.description.family)
         self._clock = device_clock(engine.description.device)
         self._ours = PictureClock(engine.pipeline, self._family, self._clock)
@@ -265,6 +285,9 @@ class _Case:
         return replace(self._request, prompt=f"{PROMPT}, number {self._prompts} of {self._request.width}")
 
     def _draw_ours(self, request: GenerationRequest) -> _Drawn:
+        return self._in_thread(partial(self._drawn_by_us, request))
+
+    def _drawn_by_us(self, request: GenerationRequest) -> _Drawn:
         result, times = self._ours.timed(lambda: self._engine.generate(request))
         self._trips += sum(len(picture.guard.trips) for picture in result.report.pictures)
         began = self._clock()
@@ -276,8 +299,7 @@ class _Case:
     def _draw_theirs(self, request: GenerationRequest) -> tuple[Image, PictureTimes]:
         assert self._stock is not None and self._theirs is not None
         plan = resolve(request, self._engine.description)
-        image, times = self._theirs.timed(partial(self._stock.draw, plan, SEED))
-        return image, times
+        return self._in_thread(partial(self._theirs.timed, partial(self._stock.draw, plan, SEED)))
 
     def _pair(
         self, request: GenerationRequest, is_ours_first: bool
@@ -299,7 +321,8 @@ class _Case:
         """Of one step, taken for each of them: all have the same shapes."""
         # Exact, because what runs within compiled code is not seen from outside.
         request = replace(self._another(), num_inference_steps=1, exact=True)
-        one = count_work(self._engine.pipeline, self._family, lambda: self._engine.generate(request))
+        draw = partial(self._engine.generate, request)
+        one = self._in_thread(partial(count_work, self._engine.pipeline, self._family, draw))
         steps = self._request.num_inference_steps or 1
         return replace(
             one, denoise_flops=steps * one.denoise_flops, denoiser_calls=steps * one.denoiser_calls
